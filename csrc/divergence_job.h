@@ -1,4 +1,4 @@
-// The arguments of divergence_rows_ as plain pointers, checked, for the kernels of both CPU and CUDA. A row of logits x
+// The checked arguments of divergence_rows_ as plain pointers, for the kernels of both CPU and CUDA. A row of logits x
 // with label y has (rbfast/ops/reference.py is the definition)
 //     z = cap(logit_scale * (x + bias)),  q = softmax(z / tau),
 //     loss = kl_weight * tau^2 * D + ce_weight * CE(softmax(z), y),
@@ -32,7 +32,7 @@ RBFAST_INLINE float of_row(const Parameter& parameter, int64_t row) {
   return static_cast<float>(parameter.values == nullptr ? parameter.factor : parameter.values[row] * parameter.factor);
 }
 
-// Strides are in elements. With neither ids nor a teacher a row is text: cross-entropy alone.
+// Strides are in elements. With neither ids nor a teacher the rows are text: cross-entropy alone.
 struct Job {
   float* logits;
   int64_t logits_stride, rows, vocabulary;

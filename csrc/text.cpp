@@ -1,6 +1,6 @@
 // `rbfast._text`: the curation's hot loops over many texts, NumPy in and NumPy out, without the GIL.
 //
-// Texts come as one byte buffer and n + 1 offsets. Each thread takes a run of texts and writes their results only, so
+// Texts come as one byte buffer and n + 1 offsets. Each thread takes a run of texts and writes only their results, so
 // results do not depend on the number of threads. The Python side (rbfast/curation/text.py) passes arrays of the right
 // types; rbfast/curation/text_reference.py defines what each function returns.
 #include <pybind11/numpy.h>
@@ -217,7 +217,7 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
         for (int64_t j = at[i]; j < at[i + 1]; ++j) held += weight[id[j]];
         const double most = both ? 2.0 * static_cast<double>(held) / (smallest + static_cast<double>(mine[i]))
                                  : static_cast<double>(held) / smallest;
-        if (most < least) continue;  // no item can reach it: boilerplate
+        if (most < least) continue;  // no item can reach `least`
         touched.clear();
         for (int64_t j = at[i]; j < at[i + 1]; ++j)
           for (int64_t p = from[id[j]]; p < from[id[j] + 1]; ++p) {

@@ -1,6 +1,6 @@
 // The adapter's ops on the CPU: checks, memory and threads. The arithmetic is in columns_kernel.inl.
 //
-// The number of tokens alone decides how they are cut into groups of blocks, and partial sums are added in the order of
+// Only the number of tokens decides how they are cut into groups of blocks, and partial sums are added in the order of
 // the groups, so the bits do not depend on the number of threads.
 #include "cpu/columns.h"
 
@@ -257,7 +257,7 @@ Fold checked_fold(const char* op, const Tensor& weight, const Tensor& base_colum
          torch::headeronly::toString(base_columns.scalar_type()));
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
-  for_each_type(weight.scalar_type(), [](auto) {});  // throws here: inside a parallel region it could not
+  for_each_type(weight.scalar_type(), [](auto) {});  // throws here: a parallel region must not throw
   return {weight,           as_dense_rows(base_columns),          checked_offsets(op, cols, weight, run),
           as_contiguous(A), scaled(B, static_cast<float>(scale)), weight.stride(1) == 1 ? run : 1};
 }

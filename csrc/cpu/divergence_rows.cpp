@@ -63,8 +63,8 @@ double divergence(std::vector<Bucket>& buckets, double beta) {
   return std::max(value, 0.0);
 }
 
-// Normalises the buckets' log p at the row's temperature, with the tail's mass in the last bucket. tail: the student's,
-// whose shape the teacher's is assumed to have.
+// Normalises the buckets' log p at the row's temperature, with the tail's mass in the last bucket. tail: the student's;
+// the teacher's is assumed to have its shape.
 void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vector<Bucket>& buckets) {
   const size_t k = buckets.size() - 1;
   const double inv_tau = row.inv_tau;
@@ -74,7 +74,7 @@ void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vec
   for (size_t i = 0; i < k; ++i) buckets[i].log_p -= excess;
   buckets[k].log_p = has_tail ? std::log1p(-std::min(total, 1.0)) : -kInfinity;
   if (inv_tau == 1 && has_tail) return;
-  // At another temperature the tail's mass depends on its shape: the student's.
+  // At another temperature the tail's mass depends on its shape, which is the student's.
   buckets[k].log_p = buckets[k].log_p * inv_tau + std::log(tail.at_tau) - std::log(tail.at_one) * inv_tau;
   if (!has_tail) buckets[k].log_p = -kInfinity;
   double normaliser = buckets[k].log_p;
@@ -82,7 +82,7 @@ void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vec
   for (Bucket& b : buckets) b.log_p -= normaliser;
 }
 
-// A row with k log-probs of its teacher, or with none (k = 0 and kl_weight 0): cross-entropy alone.
+// A row with k log-probs of its teacher; ids null: text, cross-entropy alone.
 Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int64_t k) {
   struct Entry {
     int64_t id;
@@ -145,7 +145,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   return losses;
 }
 
-// A row with a dense teacher's logits, over the ids that both have.
+// A row with a dense teacher's logits. D is over the ids that both vocabularies have.
 Losses dense_row(const Row& row, const float* teacher) {
   const int64_t vocabulary = row.job.vocabulary, shared = std::min(vocabulary, row.job.teacher_vocabulary);
   const double inv_tau = row.inv_tau;

@@ -1,9 +1,9 @@
 // The head's three products on the CPU: logits = hidden W^T, d_hidden = dz W and dW += dz^T hidden. Checks, scratch
 // memory and threads are here, the arithmetic is in head_gemm_kernel.inl.
 //
-// Why not the library's: torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the
-// gradient near the teacher, and a library's bits change with the number of rows. These have fp32 sums in an order that
-// depends on k alone.
+// Why not a library's: torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient
+// near the teacher, and a library's bits change with the number of rows. These sum in fp32, in an order that depends
+// only on k.
 #include "cpu/head_gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -100,8 +100,8 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   });
 }
 
-// Splits the rows between threads first, since each thread has to scan its own, but leaves each enough of them to reuse
-// a word of B.
+// Splits the rows between threads first, because each thread scans its own rows, but leaves each enough of them to
+// reuse a word of B.
 void parallel_filtered_gemm(const Gemm& g, const float* thresholds, int64_t m, int64_t n) {
   const Isa isa = active_isa();
   const int64_t threads = torch::stable::get_num_threads();

@@ -46,8 +46,8 @@ static inline int64_t gemm_scratch(int64_t rows, int64_t k) {
   return 4 * (padded * (gemm_k_block(k) + 2) + kColumnUnit * 192);
 }
 
-// A filtered product takes kFilteredWords words of k at a time, and packs up to kFilteredPanel of those it needs at
-// once.
+// A filtered product takes kFilteredWords words of k at a time, and packs those that it needs in panels of up to
+// kFilteredPanel.
 constexpr int64_t kFilteredWords = 1024;
 constexpr int64_t kFilteredPanel = 96;
 // Bytes of scratch that one call of filtered_gemm needs for `columns` columns, aligned to 64.

@@ -33,7 +33,7 @@ static inline T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// Tile instructions after it see what was written before: the compiler does not know of their reads.
+// Keeps writes before later tile instructions: the compiler does not know that these read memory.
 static inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 template <typename V, typename T>

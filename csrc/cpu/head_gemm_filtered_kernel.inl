@@ -1,8 +1,8 @@
-// head_gemm_kernel.inl and, from its words and tiles, a product that leaves out the smallest values of A. Included by
+// head_gemm_kernel.inl, and a product of its words and tiles that skips the smallest values of A. Included by
 // head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each with its own target pragma and with ISA set to its namespace.
 //
-// A group of kRows rows needs only the words of k in which one of its rows has a value left; a block of rows needs
-// those of any of its groups. Panels of B hold the block's words, and a group's tile picks its own words from them. A
+// A group of kRows rows needs only the words of k in which one of its rows keeps a value; a block of rows needs the
+// words of all its groups. Panels of B hold the block's words, and a group's tile picks its own words from them. A
 // row's sum runs over k in order, and words needed by other rows only add zeros to it: its bits do not depend on the
 // rows beside it, as long as B is finite.
 #include "cpu/head_gemm_kernel.inl"

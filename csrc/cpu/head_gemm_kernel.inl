@@ -9,8 +9,8 @@
 // while all rows of the block pass over it. So each element of a large B is read once per row block.
 //
 // Order of sums: k is cut at multiples of kBlockK, and sums run in order inside a block. With Sums::fresh, blocks are
-// added to C in order, which has smaller errors. With Sums::resumed, the sum continues from the value in C: it has the
-// same bits wherever it was interrupted, at any even k. Nothing depends on the size of the rectangle, so nothing
+// added to C in order, which has smaller errors. With Sums::resumed, the sum continues from the value in C: it is
+// bitwise the same wherever it was interrupted, at any even k. Nothing depends on the size of the rectangle, so nothing
 // depends on the threads.
 #include "cpu/head_gemm.h"
 

@@ -20,7 +20,7 @@ constexpr int kCount = static_cast<int>(std::size(kNames));
 
 struct Choice {
   Isa isa;
-  const char* why;  // this one and none better
+  const char* why;  // why not a better one
 };
 
 #if defined(__x86_64__)
@@ -89,7 +89,7 @@ extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
   }
 }
 
-// Why this instruction set is active, and none better; if RBFAST_CPU_ISA is invalid, what is wrong with it.
+// Why this instruction set is active and not a better one; if RBFAST_CPU_ISA is invalid, what is wrong with it.
 extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa_reason() {
   try {
     rbfast::active_isa();

@@ -8,11 +8,11 @@
 // registers. For each tile of 32 tokens the warps' parts of dH are summed in shared memory, so only k floats per token
 // and strip go back to memory: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
-// Three launches: `project_tile` computes H and splits B, `sweep` over dy dB and dH, `sweep` over xs dA. Matrices that
-// share xs, such as q, k and v, share them.
+// Three launches: `project_tile` computes H and splits B, a `sweep` over dy computes dB and dH, and a `sweep` over xs
+// computes dA. Matrices that share xs, such as q, k and v, share the launches.
 // Blocks get equal shares of the list of all (strip, tile of tokens) and write partial sums to memory. After a grid
 // barrier they share the work of adding these up; the launch is cooperative, so the device holds all blocks at once.
-// The shapes and the number of multiprocessors fix the order of every sum, whichever block comes first.
+// The shapes and the number of multiprocessors fix the order of every sum, whichever block finishes first.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -32,7 +32,8 @@ int64_t shared_per_block(const Device& device, int blocks) {
   return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// How a sweep runs on a device: tiles and bytes of shared memory per block, and the blocks that it holds at once.
+// How a sweep runs on a device: tiles and bytes of shared memory per block, and how many blocks the device holds at
+// once.
 struct Fit {
   int stages;
   size_t shared;

@@ -131,15 +131,14 @@ struct Operands {
   __host__ __device__ int64_t slices() const { return (n + kSlice - 1) / kSlice; }
 };
 
-// H for up to kMostRanks ranks of a factor, and where it goes. The same launch splits `also`, a factor of as many
-// ranks.
+// H for up to kMostRanks ranks of a factor, and where it goes. The same launch splits `also`, a factor of equal rank.
 struct Projection {
   Factor m;
   Hidden to;
   Operands also;
 };
 
-// H of x for each of up to kMostMatrices factors of as many ranks, in one launch, by column_project.cu.
+// H of x for each of up to kMostMatrices factors of equal rank, in one launch (column_project.cu).
 void project(const Device& device, const Tensor& x, const std::vector<Projection>& each);
 // H [tokens, k] for all ranks of m [k, n], m[i * rank + v * feature], as plain floats.
 Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature);

@@ -16,7 +16,7 @@ struct Dots {
 };
 
 // How all blocks share the list of units, strip by strip of all matrices, and the parts [blocks + strips, slices of a
-// strip, blocks of ranks, lanes] of x^T w that they write: part b + q belongs to block b and strip q alone.
+// strip, blocks of ranks, lanes] of x^T w that they write: part b + q belongs only to block b and strip q.
 struct Shares {
   int strips, tiles, blocks;
   int each, more;  // units per block; the first `more` blocks have one more
@@ -50,8 +50,8 @@ struct Sum {
   float scale = 0;
 };
 
-// Shared memory for the sums of a block's warps. There are two: the first warp of a sum may read one while the others
-// already write to the other. That holds for the sums of one matrix, those of dH first.
+// Shared memory for the sums of a block's warps. Two are used in turn: the first warp of a sum may still read one while
+// the others write to the other. That suffices within a matrix, whose sums of dH come first.
 struct SumStorage {
   static constexpr int kRow = 9;
   Floats parts[kSweepThreads];

@@ -1,5 +1,6 @@
 // The main kernel of `column_grad`: one pass over a matrix x gives x^T w (`outer`) and, with kDot, x m (`dot`) too:
-// both for dy, the first one for xs. A launch takes up to kMostMatrices of as many tokens. See column_grad.cu.
+// both for dy, only the first for xs. A launch takes up to kMostMatrices matrices with equal numbers of tokens. See
+// column_grad.cu.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -9,8 +10,8 @@
 namespace rbfast {
 namespace {
 
-// Slices of 16 features per warp. With one product they are few: however little of a strip a block has, it writes parts
-// of dA for all of the strip's features.
+// Slices of 16 features per warp. With one product they are few: a block writes parts of dA for all features of a
+// strip, however little of the strip it has.
 template <typename T, bool kDot>
 constexpr int kSlices = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 
@@ -81,7 +82,7 @@ struct Swept {
   int first = INT32_MAX;  // its first strip in the list of all matrices' strips
 };
 
-// Matrices of as many tokens and ranks, and their factors.
+// Matrices with equal numbers of tokens and ranks, and their factors.
 template <typename T>
 struct Sweep {
   Shares shares;

@@ -3,8 +3,8 @@
 //
 // Traffic: what is copied or changed is read and written once; the factors of the delta are read once per tile. If
 // columns come in runs, a lane moves up to 16 bytes at a time. A fold keeps its rows of B and its columns of A in
-// shared memory and goes down the rows. Every product is rounded before it is added, so k ranks take 2 k operations a
-// value, which an H200 does in the time of a copy for k up to about 11.
+// shared memory and goes down the rows. Every product is rounded before it is added, so k ranks take 2 k operations
+// per value, which an H200 does in the time of a copy for k up to about 11.
 //
 // A GPU cannot report a column outside the matrix without synchronising: it is read as NaN and never written.
 #include <torch/csrc/stable/library.h>

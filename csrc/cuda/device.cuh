@@ -252,8 +252,7 @@ class Device {
 
   int index() const { return index_; }
 
-  // Allows a kernel all the shared memory there is; always the same amount, as another thread may be about to launch
-  // it.
+  // Allows a kernel all the shared memory of a block. Always the same amount: another thread may be about to launch it.
   template <typename... Expected>
   void allow_shared_memory(void (*kernel)(Expected...)) const {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

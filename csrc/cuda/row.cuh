@@ -41,7 +41,7 @@ struct Head {
 };
 
 // What is known of a row before its logits are read, see prepare_rows. Sums over the teacher's support (its ids) are as
-// in Sums. The teacher's tail is p_tail at temperature 1; at another one log_tail is the known part of its log2. At a
+// in Sums. The teacher's tail is p_tail at temperature 1; at any other, log_tail is the known part of its log2. At a
 // low temperature all probabilities may underflow fp32, so the largest one of the support is factored out of p_support,
 // log_tail and the entries.
 struct alignas(16) RowInfo {

@@ -7,7 +7,7 @@
 namespace rbfast {
 namespace {
 
-// The gradient of a vector of the tail. kTwo: its part at temperature 1 is not within the other one.
+// The gradient of a vector of the tail. kTwo: its part at temperature 1 is not included in the other.
 template <bool kHasHead, bool kTwo>
 __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, const Head& head) {
   Vector gradient;

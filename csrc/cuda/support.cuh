@@ -3,9 +3,9 @@
 // tail, and finish_rows computes the losses and the gradient at the support. Both small kernels touch O(k) values of a
 // row, not V.
 //
-// prepare_rows masks the support's logits, so that the main kernel's sums are those of the tail. From these sums to the
-// gradient takes a handful of operations in fp32. finish_rows takes the logarithms and all that a loss needs, in fp64,
-// off the critical path.
+// prepare_rows masks the support's logits, so that the main kernel's sums are those of the tail. From these sums it
+// takes a handful of fp32 operations to get the gradient. finish_rows computes the logarithms and everything else that
+// a loss needs in fp64, off the critical path.
 #pragma once
 
 #include "cuda/divergence.cuh"
@@ -24,7 +24,7 @@ __device__ double sum_over(int count, const F& f) {
   return warp_sum(sum);
 }
 
-// The teacher's mass on its ids. If rounding takes it over 1, it is scaled back to 1.
+// The teacher's mass on its ids, scaled back to 1 if rounding takes it over 1.
 struct Mass {
   double total, excess;  // excess: to subtract from each log-prob
 

@@ -1,5 +1,5 @@
-// A team is what shares a row of logits: one block or a cluster of blocks. Here are the columns that each thread holds,
-// and the reductions over the team.
+// A team shares a row of logits: it is one block or a cluster of blocks. This file has the columns that each thread
+// holds, and the reductions over the team.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -1,8 +1,8 @@
 // Products of 16-bit matrices with sums in fp32, and the loads that feed them: mma.m16n8k16, ldmatrix and cp.async,
 // which every GPU has since sm_80. Comments call a lane of a warp (g, c), with g = lane / 4 and c = lane % 4.
 //
-// A value that bf16 cannot hold is split into a sum of bf16 pieces, each the rounding of what the pieces before it
-// left: a float into three, an fp16 into two (both exact); a bf16 is one. A product of two such sums leaves out
+// A value that bf16 cannot hold is split into a sum of bf16 pieces, each the rounded remainder of those before it: a
+// float into three, an fp16 into two (both exact); a bf16 is one. A product of two such sums leaves out
 // products of pieces that are smaller than the last one kept.
 #pragma once
 
@@ -92,7 +92,7 @@ __device__ inline void split_pair(const T* pair, uint32_t (&piece)[kPieces<T>]) 
     split(load(pair), load(pair + 1), piece);
 }
 
-// d += a b, where a is the sum of kA pieces and b of kB. For fp32 (kA = 3) the products go to a sum of their own first,
+// d += a b, where a is the sum of kA pieces and b of kB. For fp32 (kA = 3) the products are summed separately first,
 // because a tensor core truncates what it adds to a large sum.
 template <int kA, int kB>
 __device__ inline void multiply_pieces(float (&d)[4], const uint32_t (&a)[kA][4], const uint32_t (&b)[kB][2]) {

@@ -1,4 +1,4 @@
-// Threads over a range; its length and the number of parts alone decide where it is cut.
+// Threads over a range. Only its length and the number of parts decide where it is cut.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace rbfast {
 
 // Calls f(part, first, last) for `parts` consecutive runs of [0, total), each in its own thread, or in the caller's if
-// the system has no more. Rethrows the exception of the first part that threw.
+// the system has no threads left. Rethrows the exception of the first part that threw.
 template <typename F>
 void parallel_parts(int64_t total, int64_t parts, const F& f) {
   std::vector<std::exception_ptr> errors(parts);

@@ -59,7 +59,7 @@ inline std::string_view command_token(std::string_view name) {
   return name;
 }
 
-// A token: its hash, and its character if it has only one ('F' for the command frac, 0 for any longer token).
+// A token: its hash, and its character if it has only one ('F' for the command frac, else 0).
 struct Token {
   uint64_t hash;
   char sign;
@@ -142,7 +142,7 @@ class Reader {
     }
     return with_point(stop);
   }
-  // Where a number whose whole digits end at `stop` ends, with its decimals.
+  // Where a number ends with its decimals, given that its whole digits end at `stop`.
   size_t with_point(size_t stop) const {
     const size_t end = peek(stop) == '.' ? run(stop + 1, is_digit) : stop;
     return end > stop + 1 ? end : stop;
@@ -190,7 +190,8 @@ class Reader {
     out_.push_back({hash_token(same), c == '}' ? kEnd : is_argument ? kArgument : may_be_set() ? kSet : '('});
     ++at_;
   }
-  // Whether this brace may open a set: in TeX nothing before it takes it, and it opens no change of font: {\bf a, b}.
+  // Whether this brace may open a set: in TeX nothing before it takes it as an argument, and it does not begin a font
+  // change: {\bf a, b}.
   bool may_be_set() const {
     size_t before = at_, next = at_ + 1;
     while (before > 0 && is_space(text_[before - 1])) --before;
@@ -235,8 +236,8 @@ class Reader {
   size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would attach to the last token
   size_t taking_ = kNowhere;          // where the last command takes its argument
   size_t named_ = kNowhere;           // where the last command's name ended
-  bool relates_ = false;              // whether the last command is a relation, which takes none
-  bool figures_ = true;               // false after one that is not closed
+  bool relates_ = false;              // whether the last command is a relation, which takes no argument
+  bool figures_ = true;               // false after an unclosed figure
 };
 
 // Replaces each numeral and its sign, fractions too, by "0"; a sign between two terms becomes "+". In place.
@@ -266,8 +267,8 @@ inline void whole_numerals(std::vector<Token>& row) {
   row.resize(size);
 }
 
-// An open bracket: where it is, how many tokens were kept before it, whether a sign came before it in the brackets
-// around it, and whether it holds a list.
+// An open bracket: where it is, how many tokens were kept before it, whether a sign came before it within the enclosing
+// brackets, and whether it holds a list.
 struct Opened {
   size_t at, kept;
   bool is_signed, is_list;
