@@ -40,7 +40,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 @dataclass(frozen=True)
 class Delta:
-    """cols [s] int64, sorted and unique; A [k, s] fp32; B [out, k] fp32. Of E experts A [E, k, s] and B [E, out, k]."""
+    """One delta: cols [s] int64, sorted and unique; A [k, s] and B [out, k] fp32. For E experts: A [E, k, s] and
+    B [E, out, k]."""
 
     cols: Tensor
     A: Tensor
@@ -63,7 +64,7 @@ class MatrixInfo:
 
     @property
     def values(self) -> int:
-        """The number of trained values: those of A and B."""
+        """The number of trained values in A and B."""
         shape = Shape(self.out_features, self.in_features, self.group, self.experts)
         return shape.values(self.rank, self.support)
 
@@ -82,7 +83,7 @@ class AdapterConfig:
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """Writes both files, each under a temporary name that is then renamed: a failure leaves no partial file.
+    """Writes both files, each atomically: a failure leaves no partial file.
 
     Raises ValueError for a delta that is not finite.
     """
@@ -129,7 +130,7 @@ def adapter_digest(directory: str | Path) -> str:
 
 
 def check_finite(deltas: Mapping[str, Delta]) -> None:
-    """Raises ValueError, naming the tensor, if a delta holds NaN or infinity. Such a delta is never read or merged."""
+    """Raises ValueError, naming the tensor, if a delta holds NaN or infinity."""
     for name, delta in deltas.items():
         for key in ("A", "B"):
             if not torch.isfinite(getattr(delta, key)).all():
@@ -145,12 +146,14 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
     base = config.base_model_name_or_path or "an unnamed model"
     for name, info in config.modules.items():
         if name not in matrices:
-            raise ValueError(f"{where}: made for {base}, whose linear {name} is not in this model; load that base")
+            raise ValueError(
+                f"{where}: made for {base}, whose linear layer {name} is not in this model; load that base"
+            )
         expected, shape = (info.out_features, info.in_features), matrix_shape(matrices[name])
         if shape is None:
             raise ValueError(
-                f"{where}: made for {base}, whose linear {name} is of type {type(matrices[name]).__name__} here; load "
-                "that base with the version of transformers that the adapter was trained with"
+                f"{where}: made for {base}, whose linear layer {name} is of type {type(matrices[name]).__name__} here; "
+                "load that base with the version of transformers that the adapter was trained with"
             )
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
@@ -158,18 +161,18 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
             raise ValueError(
                 f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
             )
-    found = {name: fingerprint(matrices[name]) for name in config.modules}
+    fingerprints = {name: fingerprint(matrices[name]) for name in config.modules}
     for name, info in config.modules.items():
         weight = stored_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
             continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
-        if found[name] not in (info.fingerprint, None):
-            raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
-    return found
+        if fingerprints[name] not in (info.fingerprint, None):
+            raise ValueError(f"{where}: made for {base}, but the weights of {name} differ from its own; load that base")
+    return fingerprints
 
 
 def on_base(config: AdapterConfig, dtype: str, fingerprints: Mapping[str, str | None]) -> AdapterConfig:
-    """The config of an adapter that goes on with its base in another dtype: `rbfast merge` uses that one then."""
+    """The config of an adapter whose base is now loaded in `dtype`, which `rbfast merge` will use as well."""
     if dtype == config.base_dtype:
         return config
     modules = {name: replace(info, fingerprint=fingerprints[name]) for name, info in config.modules.items()}
@@ -185,10 +188,10 @@ def write_lora(
 ) -> None:
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
-    The rank is padded with zeros to the next one that vLLM serves. `transposed`: the matrices are Conv1D. The file
-    names `base` as its base model, by default the hub id of the model it was trained on, if that has one.
-    Raises ValueError if the rank exceeds all that vLLM serves, if a delta is not finite, or if the directory holds a
-    model or an rbfast adapter, whose files have the same names.
+    The rank is padded with zeros to the next one that vLLM serves. `transposed`: the matrices are Conv1D. `base`: the
+    base model to name in the file; by default the hub id of the model the adapter was trained on, if it has one.
+    Raises ValueError if vLLM serves no rank that high, if a delta is not finite, or if the directory holds a model or
+    an rbfast adapter, whose files have the same names.
     """
     check_finite(deltas)
     if _holds_adapter(Path(directory)):
@@ -251,9 +254,9 @@ def _holds_adapter(directory: Path) -> bool:
 
 
 def check_holds_no_model(directory: str | Path) -> None:
-    """Raises ValueError for the folder of a model: transformers would load an adapter there onto the model."""
+    """Raises ValueError if the folder holds a model: transformers would load an adapter there onto the model."""
     if (Path(directory) / "config.json").exists():
-        raise ValueError(f"{directory} holds a model, which an adapter beside it would change; name another folder")
+        raise ValueError(f"{directory} holds a model, which an adapter saved there would change; name another folder")
 
 
 def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -320,4 +323,4 @@ def _check_groups(path: Path, config: AdapterConfig, deltas: Mapping[str, Delta]
     for name, info in config.modules.items():
         other = first.setdefault(info.group, name)
         if not torch.equal(deltas[name].cols, deltas[other].cols):
-            raise ValueError(f"{path}: {name}.cols: expected the columns of {other}, which is of the same group")
+            raise ValueError(f"{path}: {name}.cols: expected the columns of {other}, which is in the same group")

@@ -10,8 +10,8 @@ from rbfast.models.linears import unwrapped
 
 
 def attachable(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers, to which an adapter can be attached. Raises as `check_attachable` does, and
-    TypeError for what is no module. Warns of DistributedDataParallel."""
+    """The model without its wrappers, checked by `check_attachable`. Raises TypeError if it is not a module. Warns of
+    DistributedDataParallel."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a model, such as load_student returns, got {type(model).__name__}: load it, then attach"
@@ -34,8 +34,8 @@ def check_attachable(model: nn.Module) -> None:
         )
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
-            f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "
-            "merge() first"
+            f"this model has a SparseAdapter attached already (at {first[0]}), and takes one at a time: call its "
+            "detach() or merge() first"
         )
     for name, module in model.named_modules():
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
@@ -45,18 +45,18 @@ def check_attachable(model: nn.Module) -> None:
         if type(module).__module__.startswith("peft."):
             where = f" (a {type(module).__name__} at {name or 'the top'})"
             raise ValueError(
-                f"this model carries an adapter of PEFT{where}: merge it with merge_and_unload(), or remove it with "
+                f"this model has a PEFT adapter{where}: merge it with merge_and_unload(), or remove it with "
                 "unload(), and attach to the model that it returns"
             )
 
 
 def _warn_of_ddp(model: nn.Module) -> None:
-    """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
+    """Warns of DistributedDataParallel, which is silent if a backward reaches none of its parameters."""
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
         warnings.warn(
             "DistributedDataParallel does not reduce the gradients of an adapter attached to the model inside it, so "
-            "each process would train its own: attach first, then wrap a module that holds both, or sum the gradients "
-            "of adapter.parameters() over the processes before each step",
+            "each process would train its own copy: attach first, then wrap a module that holds both, or sum the "
+            "gradients of adapter.parameters() over the processes before each step",
             stacklevel=4,
         )

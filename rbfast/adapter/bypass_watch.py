@@ -3,10 +3,10 @@
 A forward such as `F.linear(x, self.a.weight)` uses the weight of `a` and never runs `a`. With a delta folded in, the
 output is right, but the delta gets no gradient. Inspecting the model does not reveal this. So after the first optimizer
 step, the weight of each layer whose delta got no gradient is made to require one. If at the second step the weight has
-a gradient and the delta still has none, the layer is bypassed, which is an error. A layer that runs after all is frozen
-again before it does, so a sound model computes nothing extra.
+a gradient and the delta still has none, the layer is bypassed, which is an error. If such a layer runs after all, its
+weight is frozen again first, so a sound model computes nothing extra.
 
-The gradient decides, not the forward hook: in a compiled part of a model no hook can report.
+The gradient decides, not the forward hook: hooks cannot report from compiled parts of a model.
 """
 
 from __future__ import annotations
@@ -119,6 +119,6 @@ def _warn_of_idle(names: list[str], total: int) -> None:
         warnings.warn(
             f"{len(names)} of {total} matrices got no gradient in the first step (the first is {names[0]}): no token "
             "reached them (an expert, a tower that did not run), or the output does not depend on them; if that is so "
-            "in every step, name the others as targets",
+            "in every step, name only the others as targets",
             stacklevel=4,
         )

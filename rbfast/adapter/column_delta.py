@@ -27,19 +27,19 @@ from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
 _UNHOOKED = Overlap()
-_DELTA = "_rbfast_delta_"  # + the weight's name: the attribute of its module that holds its ColumnDelta
+_DELTA = "_rbfast_delta_"  # + the weight's name: the attribute of its module that holds the ColumnDelta
 # Three parts. The first changes when the weight is written (None: the layer computes its weight). The second changes
 # when A or B is written (`A.data = x` changes only the address). The third changes when either moves to a device.
 _Versions = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
 _NEVER = -1, -1, 0, 0  # a second part that no delta has
 _WRITTEN = (
-    "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
-    'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
+    "the weight of a {kind} was changed while a delta is folded into it, and it matches neither the base nor the base "
+    'plus the delta; detach the adapter before you change the base, or attach with mode="side"'
 )
 
 
 class ColumnDelta(nn.Module):
-    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. For a
+    """The delta of one matrix and the hooks that run it. Parameters A [k, s] and B [out, k], buffer cols [s]; for a
     stack of E experts (`rbfast.models.experts`): A [E, k, s] and B [E, out, k]."""
 
     A: nn.Parameter
@@ -143,7 +143,7 @@ class ColumnDelta(nn.Module):
         fold(weight, base_columns, cols, A, B, self.scale, self.run)
 
     def _match_base_dtype(self, weight: Tensor) -> None:
-        """Casts the kept columns if the model was cast: they are what its weight would hold without the delta."""
+        """Casts the kept columns to the weight's dtype: the model may have been cast."""
         columns: Any = self._buffers["base_columns"]
         if columns.dtype != weight.dtype:
             self.base_columns = columns.to(weight.dtype)
@@ -242,13 +242,13 @@ class ColumnDelta(nn.Module):
     def fold_if_stale(self) -> None:
         """Folds if A, B or the base's weight changed since the last fold.
 
-        Raises RuntimeError if the weight holds neither the base's columns nor those with the delta.
+        Raises RuntimeError if the weight holds neither the base's columns nor the folded ones.
         """
         if not (self.is_folded and self.enabled):
             return
         (weight, delta, _), (folded_weight, folded_delta, _) = self._versions(), self._versions_at_fold
         is_written = weight != folded_weight and self._has_real_weight()
-        if is_written and not self.is_delta_written():  # otherwise its columns cannot be compared
+        if is_written and not self.is_delta_written():  # if A or B changed too, there is nothing to compare
             self._check_written_base()
         if is_written or delta != folded_delta:
             self.fold()
@@ -265,7 +265,7 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def _check_written_base(self) -> None:
-        """Raises RuntimeError if a weight that other code wrote holds neither the base's columns nor the folded."""
+        """Raises RuntimeError if a weight that other code wrote holds neither the base's nor the folded columns."""
         columns = self.weight.index_select(-1, self.cols)
         is_cast = columns.dtype != self.base_columns.dtype
         if not (is_cast or self.is_base_or_folded(columns)):
@@ -279,7 +279,7 @@ class ColumnDelta(nn.Module):
     def _before_load(
         self, owner: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Refuses a weight that holds neither the base's values nor those with the delta: its delta is unknown. If the
+        """Refuses a weight that is neither the base nor the base with this delta: it has an unknown delta. If the
         adapter is a submodule of the model, the same call may load that delta next (`_load_from_state_dict`)."""
         linear, key = self.linear, prefix + weight_owner(self.linear)[1]
         current: Any = linear.weight
@@ -369,8 +369,8 @@ def _execution_device(linear: nn.Module, device: torch.device) -> torch.device:
     if device != _META:
         return device
     hook = weight_owner(linear)[0].__dict__.get("_hf_hook")
-    devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
-    return next((torch.device(one) for one in devices if one is not None), device)
+    targets = (getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(target) for target in targets if target is not None), device)
 
 
 def delta_of(linear: nn.Module) -> ColumnDelta | None:
@@ -390,8 +390,8 @@ def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
 def unhooked(model: nn.Module) -> Iterator[None]:
     """Removes the hooks of folded deltas within the block, so that a forward costs what the base's does.
 
-    For forwards without gradients: a backward would give the adapter none. Optimizer steps and load_state_dict() fold
-    as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
+    Only for forwards without gradients: a backward would give the adapter none. Optimizer steps and load_state_dict()
+    fold as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
     with _UNHOOKED.block(model, partial(_without_hooks, model)):

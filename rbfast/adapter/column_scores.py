@@ -59,7 +59,7 @@ class ColumnScores:
         return {name: self.shapes[name] for name in matrices}
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, under a temporary name that is then renamed."""
+        """Writes one safetensors file, atomically."""
         header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
         header |= {"matrices": {name: to_json(shape) for name, shape in self.shapes.items()}}
@@ -69,7 +69,7 @@ class ColumnScores:
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnScores":
-        """Reads a file written by save(). Raises FileNotFoundError, and ValueError if the file is not one."""
+        """Reads a file written by save(). Raises FileNotFoundError if there is none, ValueError for any other file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: expected a file of scores, found none")
         try:
@@ -96,8 +96,8 @@ def score_columns(
 ) -> ColumnScores:
     """Scores every column of the target matrices by the gradient of `loss_fn(model, batch)`, a scalar.
 
-    "gradient": sum over batches, and over the times a layer runs in one, of sum_o G[o, c]^2, with G = dy^T x in fp32
-    (one dense G at a time).
+    "gradient": sum over batches, and over a layer's runs in each, of sum_o G[o, c]^2, with G = dy^T x in fp32 (one
+    dense G at a time).
     "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
     The weights are frozen while it runs; the model is left unchanged. Raises ValueError for no batches, a loss that is
     not finite, and a loss without a gradient.
@@ -138,7 +138,7 @@ def _read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any
     kinds = {"method": str, "batches": int, "base_model_name_or_path": (str, NoneType), "matrices": dict}
     for name, kind in kinds.items():
         if name not in header or not isinstance(header[name], kind):  # type: ignore[arg-type]
-            raise ValueError(f"{path}: {name} is missing or of another type; score the model again")
+            raise ValueError(f"{path}: {name} is missing or has the wrong type; score the model again")
     return header
 
 

@@ -39,14 +39,14 @@ class Footprint:
         )
         return (
             f"{attached} beside the base's {base} ({self.share:.1%}): {kept} of kept columns, {values} of A and B; "
-            f"AdamW adds {adamw} while it trains"
+            f"AdamW adds {adamw} during training"
         )
 
 
 def planned_footprint(
     shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int
 ) -> Footprint:
-    """The footprint of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
+    """The footprint of deltas of these shapes, folded into weights of `itemsize` bytes per value."""
     kept = sum(
         supports[name] * ((shape.experts or 1) * shape.out_features * itemsize + _INDEX)
         for name, shape in shapes.items()
@@ -68,7 +68,7 @@ class Outline:
 
 
 def outline(model: nn.Module) -> Outline:
-    """Reads only shapes, so the model may be on the meta device. Assumes weights in bf16."""
+    """The outline of a model, from its shapes alone: it may be on the meta device. Assumes weights in bf16."""
     shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
     rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
     planned = planned_footprint(shapes, rank, supports, parameters * _BF16, _BF16)

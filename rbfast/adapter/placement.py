@@ -109,8 +109,8 @@ def _scores_of(placement: ColumnScores | str | Path) -> ColumnScores | None:
         return None
     if not Path(placement).is_file():
         raise FileNotFoundError(
-            'placement must be "random", ColumnScores (from rbfast.adapter.column_scores.score_columns) or the '
-            f"path of a file of them, got {str(placement)!r}: there is no such file"
+            f'unknown placement {str(placement)!r}: use "random", ColumnScores (from '
+            "rbfast.adapter.column_scores.score_columns) or the path of a score file"
         )
     return ColumnScores.load(placement)
 
@@ -139,10 +139,10 @@ def _warn_of_non_text(model: nn.Module) -> None:
 
 def _warn_of_unfit(model: nn.Module) -> None:
     outside_text = non_text_linears(model)
-    news = [why.reason for name, why in unfit(model).items() if why.should_warn and name not in outside_text]
-    if news:
+    reasons = [why.reason for name, why in unfit(model).items() if why.should_warn and name not in outside_text]
+    if reasons:
         warnings.warn(
-            f"{len(news)} linear layers can have no delta and are left as they are; of the first: {news[0]}",
+            f"{len(reasons)} linear layers cannot have a delta and stay as they are; the first: {reasons[0]}",
             stacklevel=4,
         )
 
@@ -153,11 +153,11 @@ def allocate(
     """Splits a budget of trained values over matrices: (rank k, support s of each), the sum of k (out + s) <= budget.
 
     Every matrix gets the same support, in whole runs, capped at its inputs. Leftover budget buys one more run for the
-    first groups. Models whose usual input width is at least LARGE_WIDTH take an eighth of it at most (stacks of
-    experts: an eighth of their own) and the largest rank that fits; the rest of the budget stays unspent. Smaller
-    models take DEFAULT_RANK, or less if that does not fit, or more if it would leave budget unused. A given `support`
-    is kept (up to a matrix's inputs), with the largest rank that fits; if it is no multiple of a run, the last run is
-    cut. Raises ValueError if nothing fits.
+    first groups. If the usual input width is at least LARGE_WIDTH, supports are at most an eighth of it (stacks of
+    experts: also of their own width) and the rank is the largest that fits; the rest of the budget stays unspent.
+    Smaller models take DEFAULT_RANK, or less if that does not fit, or more if it would leave budget unused. A given
+    `support` is kept (up to a matrix's inputs), with the largest rank that fits; if it is not a multiple of a run, the
+    last run is cut. Raises ValueError if nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
@@ -188,7 +188,7 @@ def allocate(
 def place_random(
     shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, InitialDelta]:
-    """Random runs of columns, drawn separately for each group; A from `_initial_a`. Bitwise the same for one seed."""
+    """Random runs of columns for each group; A from `_initial_a`. Bitwise the same for a given seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
@@ -204,8 +204,8 @@ def place_random(
 def place_scored(
     scores: ColumnScores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, InitialDelta]:
-    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A from
-    `_initial_a`."""
+    """The runs with the highest score, summed over a run's columns and a group's matrices; ties go to the lower index.
+    A from `_initial_a`."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name].double()
@@ -244,7 +244,7 @@ def _initial_a(name: str, shape: Shape, rank: int, support: int, seed: int) -> T
 
 
 def _generator(seed: int, *what: str) -> torch.Generator:
-    """An independent random stream for each name, so that a matrix draws the same whatever the other matrices are."""
+    """An independent random stream for each name: what a matrix draws does not depend on the other matrices."""
     digest = blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -282,7 +282,7 @@ def _stack_limit(in_features: int) -> int:
 
 
 def _default_rank(shapes: Mapping[str, Shape], budget: int, limits: Mapping[str, int], is_fixed: bool) -> int:
-    """The largest rank that fits with supports at their limits. If not `is_fixed`, narrower ones may buy more rank."""
+    """The largest rank that fits with supports at their limits. Unless `is_fixed`, narrower ones may buy more rank."""
     narrowest = min(limits.values())
     if is_fixed:
         return max(1, min(narrowest, budget // _cost(shapes, 1, limits)))

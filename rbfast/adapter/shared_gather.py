@@ -1,4 +1,4 @@
-"""What matrices share if they get the same input: its columns, and the call that computes their gradients."""
+"""What matrices with the same input share: its gathered columns, and the call that computes their gradients."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _goes_with(member: Member, first: Member) -> bool:
 
 
 def _has_saved_tensor_hooks() -> bool:
-    """Whether a checkpoint is recorded or recomputed. It must save the same tensors both times, whatever was cached
-    before."""
+    """Whether a checkpoint is being recorded or recomputed: it must save the same tensors both times, whatever is
+    cached."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

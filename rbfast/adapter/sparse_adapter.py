@@ -58,7 +58,7 @@ Mode = Literal["auto", "fold", "side"]
 
 @dataclass(frozen=True)
 class MatrixSummary:
-    """One line of SparseAdapter.summary(): `values` are the trained ones, `score` is None for random placement."""
+    """One line of SparseAdapter.summary(). values: how many are trained. score: None for random placement."""
 
     name: str
     out_features: int
@@ -98,7 +98,7 @@ class SparseAdapter(nn.Module):
                 parameter.requires_grad_(False)
             self._add_deltas(modules, deltas, folds)
             _reset_compiled_code()
-            # Folds after every step of an optimizer that holds its parameters. Last: other threads may step meanwhile.
+            # From here on optimizer steps fold the deltas. Last, because another thread may step meanwhile.
             _ADAPTERS[id(self)] = self
         except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
@@ -123,12 +123,12 @@ class SparseAdapter(nn.Module):
         gradients of parameters that exist when it is created: to train on several processes, attach first, then wrap a
         module that holds both model and adapter.
 
-        placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
+        placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores or a file of them.
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
         weights; "side" runs them beside the weights; "auto" folds wherever the weight is a plain bf16, fp16 or fp32
         tensor that the layer multiplies by. "all-linear" is defined by `rbfast.models.linears.select_linears`: it
         excludes the head and any tower for images or sound. Warns of such towers, and of stacked experts and layers
-        that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
+        that cannot have a delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
         small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
         model = attachable(model)
@@ -156,10 +156,10 @@ class SparseAdapter(nn.Module):
     def export_lora(self, directory: str | Path, base: str | None = None) -> None:
         """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
 
-        base: the base model that the file names, a hub id or a folder; by default the hub id the model was loaded by.
-        A model from a folder or a GGUF file has none, nor has one into which another adapter was merged: then the file
-        names no base, and the loader must be told it.
-        The exception is `smollm2-135m`, a GGUF file from PyPI: it names the hub model that it was quantised from.
+        base: the base model to name in the file, a hub id or a folder; by default the hub id the model was loaded by.
+        A model from a folder or a GGUF file has none, and neither has one into which another adapter was merged: the
+        file then names no base, and you must pass it to the loader.
+        The exception is `smollm2-135m`, a GGUF file from PyPI: its file names the hub model it was quantised from.
         """
         single = (site.linear for site in self._sites.values() if not isinstance(site.linear, ExpertStack))
         transposed = set(map(is_transposed, single))
@@ -179,7 +179,7 @@ class SparseAdapter(nn.Module):
         fold_all(site for site in self._sites.values() if site.is_folded and site.enabled)
 
     def merge(self) -> None:
-        """Leaves in the model the weights that training used, bitwise, and removes every hook: it is a plain model.
+        """Keeps the weights that training used, bitwise, and removes every hook: the model is then a plain one.
 
         Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed; use export_lora()
         there), and for a base whose weights were changed since attaching.
@@ -234,10 +234,10 @@ class SparseAdapter(nn.Module):
     @contextmanager
     def sharing_gradients(self) -> Iterator[None]:
         """Within the block, matrices that get the same input, such as q, k and v, compute their gradients in one call:
-        on a GPU a third of the launches or half. DistillTrainer does so.
+        a third or half of the launches on a GPU. DistillTrainer uses it.
 
-        For training steps: each forward has one backward, through the outputs of all matrices that ran, before A or B
-        change, and hooks of A and B accept None. Forwards that are checkpointed by saved tensors (non-reentrant) share
+        For training steps only: each forward must have one backward, through the outputs of all matrices that ran and
+        before A or B changes, and hooks of A and B must accept None. Forwards under non-reentrant checkpointing share
         nothing.
         """
         with self._sharing.block(self, self._share_gradients):
@@ -262,7 +262,8 @@ class SparseAdapter(nn.Module):
                 site.enabled = False
                 if site.is_folded:
                     site.restore()
-                    guards += [one.register_hook(_refuse_backward) for one in site.factors if one.requires_grad]
+                    trained = [factor for factor in site.factors if factor.requires_grad]
+                    guards += [factor.register_hook(_refuse_backward) for factor in trained]
             yield
         finally:
             for guard in guards:
@@ -290,8 +291,8 @@ class SparseAdapter(nn.Module):
         )
 
     def surviving_share(self) -> float:
-        """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
-        self._require_state("attached", "ask for the surviving share of")
+        """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there are no changes."""
+        self._require_state("attached", "compute the surviving share of")
         counts = [site.count_survivors() for site in self._sites.values() if site.is_folded]
         wanted = sum(count for _, count in counts)
         return sum(count for count, _ in counts) / wanted if wanted else 1.0
@@ -315,16 +316,16 @@ class SparseAdapter(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Checks columns before the deltas load their state, also if the adapter is a submodule of another module."""
-        if prefix:  # of a model, and a Trainer that resumes is not strict: it would go on with a new adapter
+        """Checks columns before the deltas load their state, even if the adapter is a submodule of another module."""
+        if prefix:  # in a model: a Trainer resumes with strict=False, and would silently continue with a new adapter
             _check_names({prefix + key for key in self.state_dict()}, {k for k in state_dict if k.startswith(prefix)})
         paths = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
             cols = state_dict.get(f"{prefix}{paths[id(site)]}.cols")
             if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
                 raise ValueError(
-                    f"this state is of an adapter with other columns (first at {name}; another placement, seed or "
-                    "shape): attach that adapter with SparseAdapter.from_pretrained"
+                    f"this state belongs to an adapter with other columns (first at {name}; another placement, seed "
+                    "or shape): attach that adapter with SparseAdapter.from_pretrained"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -336,7 +337,7 @@ class SparseAdapter(nn.Module):
         for name, delta in deltas.items():
             gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
             site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
-            # When transformers saves a model, it splits every tensor named like a stack, an adapter's too.
+            # When transformers saves a model, it splits every tensor named like a stack, including an adapter's.
             self._register(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
             site.attach()
@@ -376,7 +377,7 @@ class SparseAdapter(nn.Module):
         self._state = state
 
     def _count_merged(self, change: int) -> None:
-        """An adapter attached next is not one of the weights that the model's name stands for."""
+        """Updates the count of merged adapters: while there are any, the model's name does not name its weights."""
         for site in self._sites.values():
             owner, _ = weight_owner(site.linear)
             owner.__dict__[MERGED] = owner.__dict__.get(MERGED, 0) + change
@@ -393,9 +394,9 @@ class SparseAdapter(nn.Module):
                 )
             return
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
-            raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
-                "an optimizer without parameters made a step: the adapter's parameters are not the model's; give the "
-                "optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
+            raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would train to the end
+                "an optimizer without parameters made a step: the adapter's parameters are not part of the model; give "
+                "the optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
             )
         stepped_sites = {}
         for name, site in self._sites.items():
@@ -425,8 +426,8 @@ def _check_names(ours: set[str], theirs: set[str]) -> None:
     if (missing := ours - theirs) and (others := theirs - ours):
         raise ValueError(
             f"this state has {min(others)} and no {min(missing)} ({len(missing)} names of the adapter are missing): it "
-            "is of an adapter on other matrices, or of a model whose weights transformers renames as it saves them, "
-            "and those of an adapter in it too; then train with DistillTrainer, or use adapter.save_pretrained"
+            "belongs to an adapter on other matrices, or transformers renamed the model's weights as it saved them, "
+            "the adapter's included; in that case train with DistillTrainer, or use adapter.save_pretrained"
         )
 
 
@@ -450,7 +451,7 @@ def _should_fold(name: str, linear: nn.Module, mode: Mode) -> bool:
 
 def _refuse_backward(grad: Tensor) -> None:
     raise RuntimeError(
-        "a backward within adapter.disabled(), of a forward from before it, would go through the base's weights: call "
+        "a backward inside adapter.disabled(), for a forward from before the block, would use the base's weights: call "
         "backward() after the block"
     )
 
@@ -468,8 +469,7 @@ def _fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             adapter._on_optimizer_step(optimizer)
 
 
-# Attached, merged or detached; by id, in the order in which they were attached. One hook stays for all of them: removed
-# with its adapter, it might be gone in the midst of a step, whenever garbage is collected, and torch iterates over its
-# hooks.
+# Every live adapter (attached, merged or detached) by id, in order of attachment. They share one permanent hook: an
+# adapter's own could vanish during a step, when garbage is collected, while torch iterates over its hooks.
 _ADAPTERS: weakref.WeakValueDictionary[int, SparseAdapter] = weakref.WeakValueDictionary()
 register_optimizer_step_post_hook(_fold_after_step)

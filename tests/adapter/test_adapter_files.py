@@ -123,7 +123,7 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
         ("cols", lambda t: t - 24, "expected sorted unique columns"),
         ("cols", lambda t: t + 24, "expected sorted unique columns"),
         ("cols", lambda t: torch.cat([t[:-1], t.new_tensor([24])]), "expected sorted unique columns"),
-        ("cols", lambda t: torch.arange(len(t)), r"k_proj\.cols: expected the columns of .*, which is of the same"),
+        ("cols", lambda t: torch.arange(len(t)), r"k_proj\.cols: expected the columns of .*, which is in the same"),
         ("cols", lambda t: t.int(), r"cols: expected \(\d+,\) int64, got \(\d+,\) int32"),
         ("A", lambda t: t[:, :-1].contiguous(), r"A: expected \(2, \d+\) float32, got"),
         ("A", lambda t: t.bfloat16(), "float32, got .* bfloat16"),

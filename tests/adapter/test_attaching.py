@@ -119,7 +119,7 @@ def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_pat
         retrained.model.layers[1].mlp.up_proj.weight[3].add_(0.01)
     with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.mlp\.up_proj differ"):
         SparseAdapter.from_pretrained(retrained, tmp_path)
-    with pytest.raises(ValueError, match=r"linear model\.layers\.0\.self_attn\.q_proj is not in this model"):
+    with pytest.raises(ValueError, match=r"linear layer model\.layers\.0\.self_attn\.q_proj is not in this model"):
         SparseAdapter.from_pretrained(gpt2(), tmp_path)
     assert same_bits(snapshot(other), original) and all(p.requires_grad for p in other.parameters())
 
@@ -186,7 +186,7 @@ def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
     first.save_pretrained(tmp_path)
     disturb(first)
     for again in (attach, lambda model: SparseAdapter.from_pretrained(model, tmp_path)):
-        with pytest.raises(ValueError, match=r"one at a time: call its detach\(\) or merge\(\)"):
+        with pytest.raises(ValueError, match=r"takes one at a time: call its detach\(\) or merge\(\)"):
             again(model)
     first.merge()
     for size in (0.0, 0.1):  # a second one without a change yet, on the same columns, and one with
@@ -447,8 +447,8 @@ def test_a_model_may_call_its_parts_as_an_adapter_calls_its_own(tmp_path):
 @pytest.mark.parametrize("place", [str, Path])
 def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
     for name in ("foo", tmp_path):
-        message = re.escape(f"of a file of them, got {str(name)!r}: there is no such file")
-        with pytest.raises(FileNotFoundError, match='placement must be "random", ColumnScores .* ' + message):
+        message = re.escape(f'unknown placement {str(name)!r}: use "random", ColumnScores (from ')
+        with pytest.raises(FileNotFoundError, match=message + ".* or the path of a score file"):
             attach(llama(), placement=place(name))
 
 

@@ -238,7 +238,7 @@ UNFIT = {
 def test_a_layer_that_can_have_no_delta_is_left_alone_with_a_word(kind):
     module, reason = UNFIT[kind]
     model = Pair(module)
-    with pytest.warns(UserWarning, match=f"1 linear layers can have no delta and are left as they are; .* {reason}"):
+    with pytest.warns(UserWarning, match=f"1 linear layers cannot have a delta and stay as they are; .* {reason}"):
         adapter = on(model)
     assert set(adapter.sites()) == ({"first", "layer.inner"} if kind == "wrapper" else {"first"})
     adapter.detach()

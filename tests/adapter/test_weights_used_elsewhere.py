@@ -70,7 +70,7 @@ def test_a_model_with_an_adapter_of_peft_is_refused():
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for model in (wrapped, wrapped.base_model.model):
         original = snapshot(model)
-        with pytest.raises(ValueError, match=r"carries an adapter of PEFT .* merge_and_unload\(\)"):
+        with pytest.raises(ValueError, match=r"this model has a PEFT adapter .* merge_and_unload\(\)"):
             attach(model)
         assert same_bits(snapshot(model), original)
     attach(wrapped.unload())

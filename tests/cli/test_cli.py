@@ -200,7 +200,7 @@ def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
     ("change", "complaint"),
     [
         ({"hidden_size": 48}, r"where .*_proj is .*, not "),
-        ({"model_type": "gpt2"}, r"whose linear .*_proj is not in this model"),
+        ({"model_type": "gpt2"}, r"whose linear layer .*_proj is not in this model"),
         ({"vocab_size": 77}, "its vocabulary has 77 tokens, not"),
     ],
 )

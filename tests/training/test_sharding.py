@@ -82,7 +82,7 @@ def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_pat
     adapter.detach()
     other = llama(initializer_range=0.3)
     shard(other)
-    with pytest.raises(ValueError, match="differ from those"):
+    with pytest.raises(ValueError, match="differ from its own"):
         SparseAdapter.from_pretrained(other, tmp_path / "sharded")
 
 
