@@ -287,7 +287,7 @@ class _ChunkedLoss:
         is free. In NumPy: for a small batch the overhead of torch ops would equal the rest of the work."""
         if not np.isnan(divergence.numpy()).any():
             return
-        largest = teacher[:, : self.weight.shape[0]].amax(1)  # ids beyond the student's count for nothing
+        largest = teacher[:, : self.weight.shape[0]].amax(1)  # the loss ignores ids beyond the student's
         if not largest.isfinite().all():
             what = "only -inf" if (largest == -torch.inf).any() else "NaN or infinity"
             raise ValueError(
@@ -357,7 +357,7 @@ def _columns(x: Tensor, columns: int) -> Tensor:
 
 
 def row_width(columns: int) -> int:
-    """The row stride, in values, for rows of so many columns, so that each row is aligned to 64 bytes.
+    """The row stride, in values, that aligns rows of `columns` columns to 64 bytes.
 
     Dense rows of a vocabulary of 50257 would only be aligned to 4 bytes: GPU kernels, and perhaps the library's GEMMs,
     would read and write most of them value by value.

@@ -143,7 +143,7 @@ class DistillLoss(nn.Module):
         check_shapes(hidden, head_weight, labels, head_bias)
         if num_items is not None and self.reduction != "mean":
             raise ValueError(
-                f"num_items is what 'mean' divides by; it has no meaning with reduction={self.reduction!r}"
+                f"num_items is the divisor of reduction='mean'; leave it out with reduction={self.reduction!r}"
             )
         given = [] if teacher is None else teacher if isinstance(teacher, Sequence) else [teacher]
         if not given and isinstance(ce_weight, int | float) and ce_weight == 0:

@@ -56,7 +56,7 @@ class FusedLoss(torch.autograd.Function):
         lacks = (wants_hidden and d_hidden is None, wants_weight and d_weight is None, wants_bias and d_bias is None)
         if any(lacks):
             made = compute_chunks(ctx.saved_tensors, _weight_job(ctx.job, upstream), lacks).gradients
-            ours = (d_hidden, d_weight, d_bias)  # autograd casts what was made
+            ours = (d_hidden, d_weight, d_bias)  # autograd casts the recomputed ones
             d_hidden, d_weight, d_bias = (x if y is None else y for x, y in zip(ours, made, strict=True))
         return d_hidden, d_weight, d_bias, None
 
@@ -99,7 +99,7 @@ def _scatter_to_tokens(values: Tensor, order: Tensor, tokens: int) -> Tensor:
 def _error_bound(left_out: Tensor | None, like: Tensor, weight: Tensor, job: LossJob) -> Tensor:
     """Upper bounds [n] of the norms of rows of dz W, where row i of dz sums to left_out[i] in magnitude; W is [V, H].
 
-    left_out is None where the filter is ignored: the bound is 0.
+    left_out is None if the filter is ignored: the bound is 0.
     """
     if left_out is None:
         return torch.zeros_like(like)

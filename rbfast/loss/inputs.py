@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(**given: object) -> None:
-    """Raises if one is no tensor: the head itself in place of its weight, a list."""
+    """Raises if one is not a tensor: a list, say, or the head module in place of its weight."""
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")

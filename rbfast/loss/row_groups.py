@@ -25,7 +25,7 @@ class RowGroup(NamedTuple):
     entries: Tensor | None = None
 
     def extra_columns(self, vocabulary: int) -> int:
-        """Values that a row needs in addition to its logits: the teacher's logits, or a copy of its own."""
+        """Values that a row needs in addition to its logits: the teacher's logits, or a copy of the student's."""
         if isinstance(self.signal, Dense):
             return self.signal.vocabulary
         return vocabulary if isinstance(self.signal, TopK) and self.signal.temperature != 1 else 0
@@ -51,7 +51,7 @@ def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Ac
     left = size - sum(map(len, claimed))
     if left < 0:
         raise ValueError(
-            f"the signals cover {size - left} rows, but only {size} take part; leave the others out of the signals too"
+            f"the signals cover {size - left} rows, but only {size} take part; leave ignored rows out of the signals"
         )
     groups = [RowGroup(len(their), signal) for their, signal in zip(claimed, signals, strict=True)]
     if left:

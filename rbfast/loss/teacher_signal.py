@@ -55,8 +55,8 @@ class Dense:
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
     If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised. A row whose
-    logits for these ids are all -inf, or contain a NaN, is no distribution: a CPU raises; on a GPU, where nothing is
-    read back, its loss is NaN.
+    logits for these ids are all -inf, or contain a NaN, is no distribution: on a CPU the loss raises; on a GPU, where
+    nothing is read back, the row's loss is NaN.
     """
 
     hidden: Tensor | None = None
@@ -159,11 +159,11 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
         raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(f"TopK needs integer ids and floating-point logprobs, got {ids.dtype} and {logprobs.dtype}")
-    at = signal.temperature
-    if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
+    s = signal.temperature
+    if isinstance(s, bool) or not isinstance(s, int | float) or not (math.isfinite(s) and s > 0):
         raise ValueError(
-            f"TopK's temperature must be a positive number, the one its log-probs were taken at, got {at!r}; rows at "
-            "different ones go into signals of their own"
+            f"TopK's temperature must be a positive number, the temperature of its log-probs, got {s!r}; put rows with "
+            "different temperatures into separate signals"
         )
     logprobs = logprobs.detach() if logprobs.requires_grad else logprobs  # else the checks would record a graph
     ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.to(hidden.device, wide_dtype(hidden.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class ValueCheck(NamedTuple):
-    """A number on the device (0-dimensional, int64 or float64), and which of its values are wrong.
+    """A number on the device (0-dimensional, int64 or float64), and the test for a wrong value.
 
     explain: returns the error message. It may read from the device.
     """
