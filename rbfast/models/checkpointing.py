@@ -13,13 +13,13 @@ _FUNCTION = "_gradient_checkpointing_func"  # what a layer calls to run with che
 
 
 def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers that can run again for their backward."""
+    """The layers that support checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Turns on gradient checkpointing within the block, in training mode or not. After it, it is as it was before.
+    """Turns on gradient checkpointing within the block, in training mode or not; restores the previous state after it.
 
     Raises:
         ValueError: the model does not support it.
@@ -27,7 +27,7 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     layers = checkpointed_layers(model)
     if not model.supports_gradient_checkpointing or not layers:
         raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: train it without")
-    # Not by the model's own method, which also leaves a hook on the embeddings for good.
+    # Not with the model's own method, which also leaves a permanent hook on the embeddings.
     before = [
         (layer, layer.training, layer.gradient_checkpointing, getattr(layer, _FUNCTION, None)) for layer in layers
     ]

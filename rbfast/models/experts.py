@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rbfast import ops
 
-_STACKS = "_rbfast_stacks"  # the attribute of a module with experts that holds the stacks that it calls, by name
-_FLAGS = ("has_gate", "has_bias", "is_transposed")  # transformers' decorator of classes of experts sets them
+_STACKS = "_rbfast_stacks"  # the attribute of an experts module that holds the stacks it calls, by name
+_FLAGS = ("has_gate", "has_bias", "is_transposed")  # set by transformers' decorator of expert classes
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # relative to the largest value
 
 
@@ -74,7 +74,7 @@ class ExpertStack(nn.Module):
                 del self.experts.__dict__["forward"]
 
     def why_unfit(self) -> str:
-        """Why it can have no delta, as a predicate of the stack's name ("is quantised"); "" if it can."""
+        """Why the stack cannot have a delta, as a predicate of its name ("is quantised"); "" if it can."""
         own: Any = self.experts
         if type(self.weight) not in (Tensor, nn.Parameter) and not hasattr(self.weight, "full_tensor"):
             return "is quantised"
@@ -86,7 +86,7 @@ class ExpertStack(nn.Module):
             return "is spread over processes by expert"
         if "forward" in own.__dict__ and not _is_patched(own.__dict__["forward"]):
             return f"belongs to a {type(own).__name__} whose forward was replaced (by accelerate's offloading, say)"
-        if self.weight.is_meta or hasattr(self.weight, "full_tensor"):  # no values here to run it with
+        if self.weight.is_meta or hasattr(self.weight, "full_tensor"):  # there are no values to compare with
             return ""
         return _COMPARED[own] if own in _COMPARED else _COMPARED.setdefault(own, _compare_forwards(own))
 
@@ -140,7 +140,7 @@ def _is_patched(forward: Any) -> bool:
 def _run_stacks(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a module with experts, by its stacks: hidden_states [T, H], top_k_index and weights [T, k]."""
     up, down = stacks_of(experts).values()
-    # Not stable, as in transformers: where an expert's rows stand may change their last bits.
+    # An unstable sort, as in transformers: the order of an expert's rows may change their last bits.
     chosen, order = top_k_index.reshape(-1).sort()
     # bincount would synchronise with the device.
     ends = torch.searchsorted(chosen, torch.arange(up.count, device=chosen.device, dtype=chosen.dtype), right=True)
@@ -174,7 +174,7 @@ def _compare_forwards(experts: Any) -> str:
             expected = _original_forward(experts)(x, index, weights)
             actual = _run_stacks(experts, x, index, weights)
     except Exception as error:  # third-party code may raise anything
-        return f"belongs to a {type(experts).__name__} that does not run on rows alone ({error})"
+        return f"belongs to a {type(experts).__name__} whose forward fails on a few rows ({error})"
     apart = (actual.float() - expected.float()).abs().amax()
     if not apart <= _TOLERANCE[weight.dtype] * expected.float().abs().amax():
         return f"belongs to a {type(experts).__name__}, which does more to its experts than multiply and gate"

@@ -34,8 +34,8 @@ def gguf_path(name_or_path: str) -> Path | None:
 
 @contextmanager
 def read_gguf(file: Path) -> Iterator[None]:
-    """If loading fails and gguf itself cannot read the file, reports the file as damaged. Within the block gguf's
-    functions are cached, and its reader is faster and refuses a length that exceeds the file."""
+    """Reports a file as damaged if loading fails and gguf cannot read it either. Within the block gguf's functions are
+    cached, and its reader is faster and refuses a length that exceeds the file."""
     import gguf
 
     with cache_gguf_parsing():
@@ -46,7 +46,7 @@ def read_gguf(file: Path) -> Iterator[None]:
                 gguf.GGUFReader(file)
             except Exception:
                 raise OSError(
-                    f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
+                    f"{file}: cannot be read as GGUF ({error}): a truncated download or a Git LFS pointer? Get it again"
                 ) from error
             raise
 
@@ -71,7 +71,7 @@ def _cached_functions(gguf: Any) -> Iterator[None]:
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> Any:
             self.data = np.asarray(self.data)  # a view of the memory map, whose own slices take twice as long
             values = super()._get(offset, dtype, count, *args, **options)
-            if len(values) < count:  # gguf would read on, for as many values as an array claims to have
+            if len(values) < count:  # gguf would go on reading for as many values as an array claims to have
                 raise ValueError("it ends too early")
             return values
 
@@ -83,7 +83,7 @@ def _cached_functions(gguf: Any) -> Iterator[None]:
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in a GGUF file, dequantised, in evaluation mode, and what transformers says of its weights."""
+    """The model in a GGUF file, dequantised and in evaluation mode, and transformers' loading info."""
     # By default, recent transformers leave weights packed if they have a kernel for that.
     make_config = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -103,12 +103,12 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str
 
 
 def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, whose end of turn and padding are those that the file names: transformers before
-    5.19 took others."""
+    """The tokenizer in a GGUF file, with the end and padding tokens that the file names: transformers before 5.19 uses
+    others."""
     import gguf
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    fields = gguf.GGUFReader(f"{file.parent}/{file.name}").fields  # spelled as transformers spells it, to be cached
+    fields = gguf.GGUFReader(f"{file.parent}/{file.name}").fields  # the path as transformers spells it: a cache hit
     for role, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
         if (field := fields.get(f"tokenizer.ggml.{key}")) is not None:
             token = tokenizer.convert_ids_to_tokens(int(field.contents()))

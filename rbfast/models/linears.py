@@ -79,7 +79,7 @@ def unsharded(tensor: Tensor) -> Tensor:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether the layers of a model are on several devices, as `device_map="auto"` loads them."""
+    """Whether the layers of a model are on several devices, as with `device_map="auto"`."""
     return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
 
 
@@ -143,16 +143,16 @@ def all_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfit(model: nn.Module) -> dict[str, Unfit]:
-    """The linear layers that can have no delta, with the reasons."""
+    """The linear layers that cannot have a delta, with the reasons."""
     return unfit_linears(model, {name: (m, matrix_shape(m)) for name, m in all_linears(model).items()})  # type: ignore[misc]
 
 
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """The linear layers to adapt, selected by PEFT's rules: a list holds names or suffixes of names, a string is a
     regex that must match a whole name, and "all-linear" is every linear layer except the output head, layers that text
-    does not run through (see `non_text_linears`), and layers that can have no delta (see `unfit`).
+    does not run through (see `non_text_linears`), and layers that cannot have a delta (see `unfit`).
 
-    Raises ValueError if the model has no linear layer, or if a target matches none or one that can have no delta.
+    Raises ValueError if the model has no linear layer, or if a target matches none or one that cannot have a delta.
     """
     linears = all_linears(model)
     if not linears:
@@ -166,7 +166,7 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
         chosen = {name: module for name, module in linears.items() if name not in excluded and module is not head}
         if not chosen:
             raise ValueError(
-                f"no linear layer of {type(model).__name__} but its output head can have a delta: "
+                f"no linear layer of {type(model).__name__} except its output head can have a delta: "
                 + "; ".join(why.reason for why in list(unfit_layers.values())[:3])
             )
         return chosen
@@ -177,7 +177,7 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
 
 def non_text_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of towers for images or sound, and of their projections into the text model. In a model that
-    contains a text model (Gemma 3): every linear layer outside of it, except the output head."""
+    contains a text model (Gemma 3): every linear layer outside it, except the output head."""
     text = _text_part(model)
     if text is model:
         return {}
@@ -192,7 +192,7 @@ def _text_part(model: nn.Module) -> nn.Module:
 
 
 def check_fit(unfit_layers: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
-    """Raises ValueError, naming the layer, if a chosen layer is among those that can have no delta (`unfit_layers`)."""
+    """Raises ValueError, naming the layer, if a chosen layer cannot have a delta (is among `unfit_layers`)."""
     for name in chosen:
         if name in unfit_layers:
             raise ValueError(f"{unfit_layers[name].reason}; leave it out of targets")
@@ -222,8 +222,8 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
-    """Shapes whose groups are guessed: siblings of equal in_features are taken to share their input. For placements
-    that observe no forward."""
+    """Shapes with guessed groups: siblings of equal in_features are assumed to share their input. For placements that
+    run no forward."""
     groups: dict[object, int] = {}
     shapes = {}
     for name, module in linears.items():
@@ -285,7 +285,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the memory of `tensor`: itself, or those that it wraps (a weight quantised by torchao, or
-    sharded: then the part that is here)."""
+    the local part of a sharded one)."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return

@@ -17,7 +17,7 @@ def loaded_name(model: Any) -> str | None:
         return None
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if name and not name.startswith(".") and not Path(name).is_absolute() and Path(name).exists():
-        return f"./{name}"  # elsewhere, where there is no such folder, it would pass for a hub id
+        return f"./{name}"  # without "./" it would look like a hub id in any other working directory
     return name
 
 

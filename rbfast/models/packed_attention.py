@@ -76,7 +76,7 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packing:
 
 
 def spare_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """How many rows to add to a 16-bit product of so many rows on a CPU, so that few sizes occur.
+    """How many rows to add to a 16-bit product of `rows` rows on a CPU, so that few sizes occur.
 
     oneDNN compiles a kernel for every new size and keeps it: about 0.6 MB, of which 0.3 MB stay until the process ends,
     whatever the limit of its cache. With examples of all lengths that is 20 to 40 MB a training step.
@@ -106,7 +106,7 @@ def _flash_op() -> Callable[..., Any] | None:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switches a model from "sdpa" to this module, if its attention can be replaced. Others pack by their mask."""
+    """Switches a model from "sdpa" to this module, if its attention can be replaced. Others rely on their mask."""
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and model._supports_attention_backend:
         config._attn_implementation = NAME
@@ -123,7 +123,7 @@ def has_packed_attention(model: PreTrainedModel) -> bool:
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    """The longest example that needs no mask of transformers. None if none ever does, or if all do."""
+    """The longest example that needs no mask from transformers. None if no example needs one, or if all do."""
     return _configured_window(model) if has_packed_attention(model) else None
 
 
@@ -152,14 +152,14 @@ def _attend(
     window = _window(module, kwargs)
     if packing is None or (window is not None and packing.longest > window):
         if attention_mask is not None and attention_mask.shape == NO_MASK:
-            raise NotPackable(f"{type(module).__name__} sees {window} tokens, which its model's config does not say")
+            raise NotPackable(f"{type(module).__name__} has a window of {window} tokens that its config does not name")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if attention_mask is not None and attention_mask.shape != NO_MASK and window is None and not packing.has_mask:
-        raise NotPackable(f"{type(module).__name__} makes an attention mask of its own")
+        raise NotPackable(f"{type(module).__name__} builds its own attention mask")
     if kwargs.get("position_bias") is not None:
-        raise NotPackable(f"{type(module).__name__} adds a bias of its own to the scores")
+        raise NotPackable(f"{type(module).__name__} adds its own bias to the scores")
     if packing.on_device is not None and not dropout and _suits_flash(query):
         return _attend_varlen(query, key, value, packing, scaling), None
     parts = [
@@ -170,7 +170,7 @@ def _attend(
 
 
 def _attend_alone(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
-    """The attention [n, heads, d] within one example. No token sees the rows that are added behind it."""
+    """The attention [n, heads, d] within one example. Being causal, it ignores the rows added at the end."""
     rows = query.shape[2]
     if spare := spare_rows(rows, query.device, query.dtype):
         query, key, value = (pad(x, (0, 0, 0, spare)) for x in (query, key, value))
@@ -201,8 +201,8 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, 
 
 
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """How many tokens back a token may attend. Some models (Qwen2-MoE, Llama 4) only put it into the mask: then it is
-    read from the config."""
+    """How many tokens back a token may attend. Some models (Qwen2-MoE, Llama 4) only put it into the mask; for them the
+    config has it."""
     return kwargs["sliding_window"] if "sliding_window" in kwargs else _configured_window(module)
 
 

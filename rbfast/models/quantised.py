@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits: the config with which transformers quantises a model at loading.
+"""4-bit and 8-bit weights: the config with which transformers quantises a model at loading.
 
 Uses bitsandbytes if it is installed (NF4, LLM.int8()), else torchao (int4 in groups of 32 columns, int8 by row). An
 adapter runs beside such weights.
@@ -23,7 +23,7 @@ def quantisation(bits: Bits, dtype: torch.dtype) -> QuantizationConfigMixin:
 
     Raises:
         ValueError: `bits` is neither "4bit" nor "8bit".
-        ImportError: neither package is installed, or the one that is cannot be imported.
+        ImportError: neither package is installed, or the installed one cannot be imported.
     """
     if bits not in BITS:
         raise ValueError(f"weights may be loaded in {' or '.join(BITS)}, got {bits!r}")

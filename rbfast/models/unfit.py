@@ -1,4 +1,4 @@
-"""Which linear layers can have no delta, and why: the delta would change more than its layer, or would learn nothing.
+"""Which linear layers cannot have a delta, and why: the delta would change more than its layer, or would learn nothing.
 
 A delta changes a layer's weight and learns from the layer's inputs and output gradients. So the weight must belong to
 that layer alone, and all code that uses the weight must run the layer.
@@ -19,14 +19,14 @@ Linears = Mapping[str, tuple[nn.Module, tuple[int, int]]]
 
 
 class Unfit(NamedTuple):
-    """Why a layer can have no delta. should_warn: attaching warns of it; the others are usual."""
+    """Why a layer cannot have a delta. should_warn: attaching warns of it; the other reasons are common."""
 
     reason: str
     should_warn: bool
 
 
 def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
-    """The layers that can have no delta, by name. linears: (layer, (out, in)) by name."""
+    """The layers that cannot have a delta, by name. linears: (layer, (out, in)) by name."""
     tied, overlapping, bypassed = _tied_weights(model), _overlapping_weights(model), _bypassed_linears(model)
     unfit = {}
     for name, (module, shape) in linears.items():
@@ -34,8 +34,8 @@ def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
         if weight is not None and id(weight) in tied:
             unfit[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
         elif id(module) in bypassed:
-            how, should_warn = bypassed[id(module)]
-            unfit[name] = Unfit(how.replace("NAME", name), should_warn)
+            reason, should_warn = bypassed[id(module)]
+            unfit[name] = Unfit(reason.replace("NAME", name), should_warn)
         elif weight is not None and id(weight) in overlapping:
             unfit[name] = Unfit(
                 f"the weight of {name} shares its memory with another one: a delta would change both", True
@@ -61,7 +61,7 @@ def _overlapping_weights(model: nn.Module) -> set[int]:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (last + 1) * tensor.element_size()
             spans.setdefault(tensor.device, []).append((start, end, id(tensor)))
-    return {key for found in spans.values() for pair in _overlaps(sorted(found)) for key in pair}
+    return {key for on_device in spans.values() for pair in _overlaps(sorted(on_device)) for key in pair}
 
 
 def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
@@ -74,8 +74,8 @@ def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
-    """By id, layers whose weight other modules multiply by without running the layer, so that a delta may never see
-    their input. In the reasons, NAME stands for the layer's name."""
+    """The layers, by id, whose weight other modules multiply by without running the layer, so that a delta may never
+    see their input. In the reasons, NAME stands for the layer's name."""
     bypassed = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -91,7 +91,7 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
             bypassed.setdefault(id(children[name]), Unfit(reason, True))
         gain = module._parameters.get("A")
         if "dt_proj" in children and gain is not None and not gain.is_meta and not gain.any():
-            reason = "NAME acts through exp(A softplus(y)), which is 1 as long as A is 0, as it is here"  # Doge's masks
+            reason = "NAME acts through exp(A softplus(y)), and has no effect here, where A is 0"  # Doge's masks
             bypassed[id(children["dt_proj"])] = Unfit(reason, True)
     return bypassed
 

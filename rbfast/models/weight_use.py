@@ -1,6 +1,6 @@
 """How a layer uses its weight: y = x W^T, y = x W, or something else that may rule out a delta.
 
-Class name and shape cannot tell: a square layer may multiply by its weight or by its transpose. So a layer with a
+Class name and shape do not say: a square layer may multiply by its weight or by its transpose. So a layer with a
 custom forward is run on one row, and the gradient of its weight shows what it does. nn.Linear and transformers'
 Conv1D are known. A layer whose weight is quantised, sharded or on meta is judged by its class.
 """
@@ -43,12 +43,12 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if weight is None:
         return _use_of_computed(module)
     if weight.dtype == torch.float64:
-        return WeightUse("unfit", "has a weight in float64, which no delta runs on: cast the model to float32")
+        return WeightUse("unfit", "has a weight in float64, which deltas do not support: cast the model to float32")
     if not is_plain(weight):
         return TRANSPOSED if is_conv1d(module) else LINEAR
     if weight.dim() != 2:
         flat = " (flattened by FSDP1 or ZeRO-3? Use rbfast.training.sharding.shard)" if weight.dim() == 1 else ""
-        return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix{flat}")
+        return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is not a matrix{flat}")
     forward = _unwrapped_forward(module)
     if forward is nn.Linear.forward:
         return LINEAR
@@ -62,7 +62,7 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     return known[1]
 
 
-# With the forward that was tried, weakly: one that was put on the layer itself holds it.
+# The forward that was probed and its use. A weak reference: a forward set on the layer itself keeps the layer alive.
 _PROBED: WeakKeyDictionary[nn.Module, tuple[ref[Callable[..., Any]], WeightUse]] = WeakKeyDictionary()
 
 
@@ -89,23 +89,23 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a layer was called with, positional or by keyword."""
+    """The tensor that a layer was called with, by position or keyword."""
     if args and isinstance(args[0], Tensor):
         return args[0]
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not given or (not args and len(given) > 1):
         raise TypeError(
-            f"a layer with a delta takes one tensor, got {len(args)} arguments and {sorted(kwargs)} by name"
+            f"a layer with a delta takes one tensor, got {len(args)} positional arguments and keywords {sorted(kwargs)}"
         )
     return given[0]
 
 
 def _use_of_computed(module: nn.Module) -> WeightUse:
-    """The use of a weight that is no parameter: computed in each forward, or that of an inner layer."""
+    """The use of a weight that the layer does not store: computed in each forward, or an inner layer's."""
     is_made = "parametrizations" in module._modules or "weight" in module.__dict__
     inner = [stored_weight(child) for child in module.modules() if child is not module]
     if not is_made and any(weight is not None and weight is module.weight for weight in inner):
-        return WeightUse("unfit", "wraps a layer and shows that layer's weight as its own")
+        return WeightUse("unfit", "wraps a layer and exposes that layer's weight as its own")
     return WeightUse("opaque", "computes its weight (weight norm, spectral norm, a parametrization, pruning)")
 
 
@@ -138,7 +138,7 @@ def _use_in_mode(module: nn.Module, weight: Tensor, shape: tuple[int, int], trai
                 return _use_by_gradient(y, leaf, x, dy)
         except Exception as error:  # third-party code may raise anything: report it as the reason
             errors.append(f"{type(error).__name__}: {error}")
-    return WeightUse("unfit", f"cannot be tried on one row ({errors[0]})")
+    return WeightUse("unfit", f"fails on a single row ({errors[0]})")
 
 
 def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUse:
@@ -157,7 +157,7 @@ def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUs
 @contextmanager
 def _leaf_weight(module: nn.Module, weight: Tensor, training: bool) -> Iterator[Tensor]:
     """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in training or
-    evaluation mode. Afterwards its modes, its buffers and the state of random numbers are as they were."""
+    evaluation mode. Afterwards its modes, its buffers and the random number generators are restored."""
     store: Any = module._parameters if "weight" in module._parameters else module._buffers
     before = [(part, part.training, dict(part._buffers)) for part in module.modules()]
     with (
@@ -170,7 +170,7 @@ def _leaf_weight(module: nn.Module, weight: Tensor, training: bool) -> Iterator[
         for part, _, buffers in before:
             part.training = training
             copies = {name: x.clone() for name, x in buffers.items() if x is not None and x is not weight}
-            part._buffers.update(copies)  # a layer may count in them
+            part._buffers.update(copies)  # the layer may update them
         store["weight"] = leaf
         try:
             yield leaf

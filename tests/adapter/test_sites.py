@@ -225,12 +225,12 @@ UNFIT = {
     "returns a tuple": (Router(16, 8), "layer returns a tuple, not a tensor"),
     "ignores its weight": (Ignoring(16, 8), "layer gives the same output whatever its weight is"),
     "flattens": (Flat(16, 8), r"layer turns an input \(1, 1, 16\) into \(8,\)"),
-    "stack": (Stacked(), r"layer has a weight of shape \(2, 16, 16\), which is no matrix"),
+    "stack": (Stacked(), r"layer has a weight of shape \(2, 16, 16\), which is not a matrix"),
     "FSDP1": (
         sharded_flat(),
-        r"layer has a weight of shape \(128,\), which is no matrix \(flattened by FSDP1 or ZeRO-3",
+        r"layer has a weight of shape \(128,\), which is not a matrix \(flattened by FSDP1 or ZeRO-3",
     ),
-    "wrapper": (Wrapper(), "layer wraps a layer and shows that layer's weight as its own"),
+    "wrapper": (Wrapper(), "layer wraps a layer and exposes that layer's weight as its own"),
 }
 
 
@@ -281,7 +281,7 @@ def test_a_layer_may_be_called_by_name(mode):
 
 
 def test_a_layer_that_is_called_with_several_tensors_by_name_is_refused():
-    with pytest.raises(TypeError, match=r"takes one tensor, got 0 arguments and \['scale', 'x'\] by name"):
+    with pytest.raises(TypeError, match=r"takes one tensor, got 0 positional arguments and keywords \['scale', 'x'\]"):
         input_of((), {"x": rows(), "scale": rows()})
 
 

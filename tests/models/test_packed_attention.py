@@ -237,18 +237,24 @@ def test_what_it_returns_is_contiguous():
     assert attended.shape == (1, 25, 4, 8) and attended.is_contiguous()
 
 
-@pytest.mark.parametrize("extra", [{"attention_mask": torch.zeros(1, 4, 25, 25)}, {"position_bias": torch.ones(1)}])
-def test_what_a_model_adds_to_the_scores_is_not_dropped(extra):
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"attention_mask": torch.zeros(1, 4, 25, 25)}, "builds its own attention mask"),
+        ({"position_bias": torch.ones(1)}, "adds its own bias to the scores"),
+    ],
+)
+def test_what_a_model_adds_to_the_scores_is_not_dropped(extra, problem):
     query = torch.randn(1, 4, 25, 8)
     options = {"attention_mask": None, "packing": packing(LENGTHS, query.device)} | extra
-    with pytest.raises(packed_attention.NotPackable, match="of its own"):
+    with pytest.raises(packed_attention.NotPackable, match=problem):
         packed_attention._attend(nn.Module(), query, query, query, **options)
 
 
 def test_a_window_that_the_config_does_not_name_is_not_dropped():
     query, no_mask = torch.randn(1, 4, 25, 8), torch.ones(packed_attention.NO_MASK, dtype=torch.bool)
     options = {"packing": packing(LENGTHS, query.device), "sliding_window": 6}  # shorter than the longest example
-    with pytest.raises(packed_attention.NotPackable, match="sees 6 tokens, which its model's config does not say"):
+    with pytest.raises(packed_attention.NotPackable, match="has a window of 6 tokens that its config does not name"):
         packed_attention._attend(nn.Module(), query, query, query, no_mask, **options)
 
 

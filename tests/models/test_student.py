@@ -190,7 +190,7 @@ def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
     whole = file.read_bytes()
     cut = kept.encode() if isinstance(kept, str) else whole[: kept if isinstance(kept, int) else int(kept * len(whole))]
     file.write_bytes(cut)
-    with pytest.raises(OSError, match=r"cut\.gguf: cannot be read as GGUF \(.+\): a cut download"):
+    with pytest.raises(OSError, match=r"cut\.gguf: cannot be read as GGUF \(.+\): a truncated download"):
         load(str(file))
 
 
@@ -201,7 +201,7 @@ def test_a_gguf_file_with_more_values_than_bytes_is_named(tmp_path, load):
     file = tmp_path / "lying.gguf"
     array = struct.pack("<QsIIQ", 1, b"a", 9, 4, 10**6)  # the key "a", an array of that many uint32
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
-    with pytest.raises(OSError, match=r"lying\.gguf: cannot be read as GGUF \(.+\): a cut download"):
+    with pytest.raises(OSError, match=r"lying\.gguf: cannot be read as GGUF \(.+\): a truncated download"):
         load(str(file))
 
 
@@ -261,7 +261,9 @@ def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path
 def test_a_model_that_is_no_causal_one_is_named(tmp_path):
     transformers.T5Config(vocab_size=8, d_model=8).save_pretrained(tmp_path)
     for load in (load_student, load_without_weights):
-        with pytest.raises(ValueError, match=r"is a model of type 't5', which is no causal language model; name one"):
+        with pytest.raises(
+            ValueError, match=r"is a model of type 't5', which is not a causal language model; name one"
+        ):
             load(str(tmp_path))
 
 

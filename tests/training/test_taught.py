@@ -210,7 +210,7 @@ def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     assert main([*train, "--adapter", str(tmp_path / "run")]) == 2
     assert "density is for a new adapter" in capsys.readouterr().err
     assert main([*go_on[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
-    assert "another vocabulary than the student" in capsys.readouterr().err
+    assert "a different vocabulary from the student" in capsys.readouterr().err
 
 
 def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
@@ -254,5 +254,5 @@ def test_the_command_line_checks_the_student_before_it_asks(folders, tmp_path, c
 
 def test_a_teacher_with_other_tokens_cannot_run_beside_the_student(folders):
     assert load_teacher(str(folders / "teacher"), TOKENIZER).config.vocab_size == len(TOKENIZER)
-    with pytest.raises(ValueError, match="another vocabulary than the student"):
+    with pytest.raises(ValueError, match="a different vocabulary from the student"):
         load_teacher(str(folders / "other"), TOKENIZER)
