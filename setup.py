@@ -1,9 +1,9 @@
-"""Builds the native ops for the CPU and for CUDA, and the text loops. What cannot be built is left out: the references
-serve instead.
+"""Builds the native ops for the CPU and for CUDA, and the text loops. What cannot be built is left out; its reference
+implementation runs instead.
 
-CUDA ops are built where torch has CUDA and nvcc is of the same major version. RBFAST_CUDA=1 builds them under a torch
-without CUDA too and fails where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
-RBFAST_SANITIZE=1 builds what runs on the CPU with AddressSanitizer and UBSan, for tests/system/test_sanitizers.py.
+CUDA ops are built if torch has CUDA and nvcc has the same major version. RBFAST_CUDA=1 builds them even if torch has no
+CUDA, and fails if it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs. RBFAST_SANITIZE=1
+builds the CPU code with AddressSanitizer and UBSan, for tests/system/test_sanitizers.py.
 """
 
 import os
@@ -21,11 +21,11 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
-GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # all that nvcc knows before 12.8; PTX of 9.0a would run on no later GPU
+GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # the most nvcc supports before 12.8; 9.0a has PTX for no later GPU
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
 OPTIMIZE = ["-Og", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
 LINK = SANITIZE or ["-s"]
-HEADERS = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")  # setuptools skips what is older than sources and these
+HEADERS = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")  # a change to one triggers a rebuild
 HOST_FLAGS = ["-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."]
 
 
@@ -48,7 +48,7 @@ def cpu_extension() -> CppExtension:
 
 
 def text_extension() -> Extension:
-    """`rbfast/_text`: a Python module without torch, for this Python alone (pybind11 has no limited API)."""
+    """`rbfast/_text`: a Python module without torch, built for this Python only (pybind11 has no limited API)."""
     return Extension(
         "rbfast._text",
         ["csrc/text.cpp"],
@@ -61,8 +61,8 @@ def text_extension() -> Extension:
 
 
 def cuda_extension(toolkit: str, release: tuple[int, int]) -> CppExtension:
-    """`rbfast/_C_cuda`. Its runtime is linked statically, so that it fits a torch of any CUDA of the same age."""
-    cpp_extension.CUDA_HOME = toolkit  # a CPU-only torch leaves it empty whatever the environment says
+    """`rbfast/_C_cuda`. Links the CUDA runtime statically, so that it fits a torch of any CUDA of its major version."""
+    cpp_extension.CUDA_HOME = toolkit  # a CPU-only torch leaves it empty, whatever the environment says
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS if release >= (12, 8) else GPUS_BEFORE_BLACKWELL)
     return CppExtension(
         "rbfast._C_cuda",
@@ -73,15 +73,15 @@ def cuda_extension(toolkit: str, release: tuple[int, int]) -> CppExtension:
         extra_compile_args={"cxx": [], "nvcc": ["-O3", "-Xcompiler", ",".join(HOST_FLAGS)]},
         libraries=["cudart_static", "rt", "dl"],
         library_dirs=[f"{toolkit}/lib64", f"{toolkit}/lib"],
-        # CUDA streams come from libtorch_cuda, which only libtorch.so leads to. It is empty itself, so a linker that
-        # keeps what is used would drop it; and it is there under a CPU-only torch too, which has no libtorch_cuda.
+        # CUDA streams come from libtorch_cuda. It is linked through libtorch.so, which a CPU-only torch has too, but
+        # which is empty itself: the linker would drop it with --as-needed.
         extra_link_args=["-s", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
         py_limited_api=True,
     )
 
 
 def toolkit_of(nvcc: str) -> str:
-    """The folder that nvcc itself works from: what is on the PATH may be a link or a script."""
+    """The folder that nvcc works from: the nvcc on the PATH may be a link or a script."""
     steps = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
     ).stderr
@@ -91,13 +91,13 @@ def toolkit_of(nvcc: str) -> str:
 
 def release_of(toolkit: str) -> tuple[int, int]:
     """The CUDA version of the toolkit's nvcc."""
-    said = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    ((major, minor),) = re.findall(r"release (\d+)\.(\d+)", said)
+    output = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    ((major, minor),) = re.findall(r"release (\d+)\.(\d+)", output)
     return int(major), int(minor)
 
 
 def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
-    """The folder of the CUDA toolkit to build with and its version, or None where the CUDA ops are left out."""
+    """The folder of the CUDA toolkit to build with and its version, or None if the CUDA ops are left out."""
     asked = os.environ.get("RBFAST_CUDA", "")
     if asked not in ("", "0", "1"):
         raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
@@ -106,17 +106,17 @@ def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
     of_torch = torch.version.cuda.split(".")[0] if torch.version.cuda else None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
-    found = "nvcc was not found"
+    problem = "nvcc was not found"
     if nvcc is not None:
         toolkit = toolkit_of(nvcc)
         release = release_of(toolkit)
         if of_torch in (None, str(release[0])):
             return toolkit, release
-        found = f"{nvcc} is of CUDA {release[0]}.{release[1]}"
-    needs = f"needs nvcc of CUDA {of_torch}, as torch is," if of_torch else "needs nvcc,"
+        problem = f"{nvcc} is of CUDA {release[0]}.{release[1]}"
+    needs = f"needs nvcc of CUDA {of_torch}, to match torch," if of_torch else "needs nvcc,"
     if asked == "1":
-        raise RuntimeError(f"RBFAST_CUDA=1 {needs} but {found}: put one on the PATH, or set CUDA_HOME to its toolkit")
-    print(f"rbfast: _C_cuda {needs} but {found} (set CUDA_HOME); installing without the CUDA ops.")
+        raise RuntimeError(f"RBFAST_CUDA=1 {needs} but {problem}: put one on the PATH, or set CUDA_HOME to its toolkit")
+    print(f"rbfast: _C_cuda {needs} but {problem} (set CUDA_HOME); installing without the CUDA ops.")
     return None
 
 

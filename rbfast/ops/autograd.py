@@ -1,6 +1,6 @@
 """The column ops and the grouped product in autograd.
 
-A delta that is folded into its weight needs a backward alone: a tap, the identity on the layer's output. A delta beside
+A delta that is folded into its weight needs only a backward: a tap, the identity on the layer's output. A delta beside
 its weight runs as a side branch.
 """
 
@@ -25,7 +25,7 @@ from rbfast.ops.registry import (
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, applied only if a graph is kept: its no_grad costs more than all else around the op.
+    """once_differentiable, applied only if a graph is kept: its no_grad costs more than everything else around the op.
 
     Incoming gradients are marked as requiring grad first. Otherwise once_differentiable would treat the result of a
     constant gradient, such as a loss's own 1, as a constant, and a second derivative would silently be 0.
@@ -169,7 +169,7 @@ def _factor_grads(
 
 
 # `Function.apply` searches the arguments for tensors of dead functorch transforms and checks for setup_context, which
-# takes longer than the op. Without an active transform, the method of its base class that it calls next is enough.
+# takes longer than the op. Without an active transform, its base class's method, which it calls next, is enough.
 _tap: Any = super(torch.autograd.Function, _ColumnTap).apply
 _shared_tap: Any = super(torch.autograd.Function, _SharedTap).apply
 _tap_into: Any = super(torch.autograd.Function, _TapInto).apply
@@ -189,19 +189,19 @@ def column_tap_shared(
     """`column_tap` for matrices that share xs, given the output y [..., out] of the first one. Returns y, and for each
     other matrix a sink [..., its out] for `column_tap_into`: a tensor without memory or values.
 
-    The backward runs once all gradients have arrived, which autograd holds until then, and computes dA and dB of every
-    matrix in one call.
+    Autograd holds the gradients until all have arrived; then the backward computes dA and dB of every matrix in one
+    call.
     """
     return _shared_tap(y, xs, scale, *A, *B)
 
 
 def column_tap_into(y: Tensor, sink: Tensor) -> Tensor:
-    """The identity on y [..., out]. Its backward gives the gradient to the sink too."""
+    """The identity on y [..., out]. Its backward also passes the gradient to the sink."""
     return _tap_into(y, sink)
 
 
 def is_spent(sink: Tensor) -> bool:
-    """Whether the backward behind a sink has run, so that it may not be able to run again."""
+    """Whether the backward behind a sink has run; it may not be able to run again."""
     return sink.grad_fn.is_spent  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA only.
+"""The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has only for CUDA.
 
 Any other pair of dtypes is widened first, as in the reference, but one slice of the vocabulary at a time: a whole head
 in fp32 is twice as large as the 16-bit original. This happens for an fp16 student, whose dz is fp32, and for mixed

@@ -13,7 +13,7 @@ from rbfast.ops.dtypes import wide
 
 
 def column_gather(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
-    """A copy [T, s] of the support's columns of x [T, in]. (`run` only helps faster kernels, here and below.)"""
+    """A copy [T, s] of the support's columns of x [T, in]. (`run` only helps faster kernels; unused here and below.)"""
     return x.index_select(1, cols)
 
 
@@ -30,9 +30,10 @@ def column_grad_all(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """column_grad for many matrices that share xs: lists of dA and of dB.
 
-    Calls column_grad for each matrix, in whichever implementation that has. A native kernel saves those calls.
+    Calls column_grad for each matrix, through the dispatcher. A native kernel saves those calls.
     """
-    results = [torch.ops.rbfast.column_grad(*one, scale) for one in zip(dy, [xs] * len(dy), A, B, strict=True)]
+    calls = zip(dy, [xs] * len(dy), A, B, strict=True)
+    results = [torch.ops.rbfast.column_grad(*tensors, scale) for tensors in calls]
     return [dA for dA, _ in results], [dB for _, dB in results]
 
 
@@ -75,10 +76,10 @@ def column_fold_all_(
 ) -> None:
     """column_fold_ for many matrices on one device; the i-th entries of the lists belong together.
 
-    Calls column_fold_ for each matrix, in whichever implementation that has. A native kernel saves those calls.
+    Calls column_fold_ for each matrix, through the dispatcher. A native kernel saves those calls.
     """
-    for *one, run in zip(weights, base_columns, cols, A, B, runs, strict=True):
-        torch.ops.rbfast.column_fold_(*one, scale, run)
+    for *tensors, run in zip(weights, base_columns, cols, A, B, runs, strict=True):
+        torch.ops.rbfast.column_fold_(*tensors, scale, run)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: flo
     columns = ids.clamp_min(0)
     log_p = logprobs.double().masked_fill(~used, -torch.inf)
     log_total = torch.logsumexp(torch.cat([log_p, log_p.new_full((len(z), 1), -torch.inf)], 1), 1, keepdim=True)
-    log_p = log_p - log_total.clamp_min(0)  # a total a little over 1 by rounding is scaled back to 1
+    log_p = log_p - log_total.clamp_min(0)  # if rounding took the total over 1, scale it back
     log_p_tail = torch.log1p(-log_total.clamp_max(0).exp())
 
     in_support = torch.zeros_like(z, dtype=torch.int64).scatter_add(1, columns, used.long()) > 0

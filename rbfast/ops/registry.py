@@ -63,7 +63,7 @@ _TRITON_MODULES = {
     "divergence_rows_": "divergence_rows",
     "scaled_": "scale",
 }
-_OF_LISTS = {"column_grad_all": "column_grad", "column_fold_all_": "column_fold_"}  # for many matrices: the plain op
+_OF_LISTS = {"column_grad_all": "column_grad", "column_fold_all_": "column_fold_"}  # for many matrices: the op for one
 _PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA torch's own GEMMs, which are fast enough
 
 
@@ -84,9 +84,9 @@ def _triton_op(name: str) -> Callable[..., Any]:
     """The Triton implementation of an op. The first call imports Triton."""
 
     def call(*args: Any) -> Any:
-        places = {x.device for x in args if isinstance(x, Tensor)}
-        if len(places) > 1:
-            got = " and ".join(sorted(map(str, places)))
+        devices = {x.device for x in args if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            got = " and ".join(sorted(map(str, devices)))
             raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
         module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
@@ -110,7 +110,7 @@ for _name, _schema in _SCHEMAS.items():
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 # In order of preference: native libraries, Triton where they have no kernel, the reference for the rest.
 _NATIVE = _load_library("_C")
-# It needs CUDA streams, which a CPU build of torch lacks.
+# _C_cuda needs CUDA streams, which a CPU build of torch lacks.
 _CUDA = _load_library("_C_cuda") if torch.version.cuda else None
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
@@ -199,7 +199,7 @@ def run_of(cols: Tensor, in_features: int) -> int:
 
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use (RBFAST_CPU_ISA forces one). None if they are not built, or if
-    RBFAST_CPU_ISA is invalid: then every call of them raises."""
+    RBFAST_CPU_ISA is invalid and every call to them raises."""
     if _NATIVE is None:
         return None
     _NATIVE.rbfast_cpu_isa.restype = ctypes.c_char_p
@@ -226,7 +226,7 @@ def filter_helps(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def uses_torch_products(device: torch.device) -> bool:
-    """Whether the head's products on this device are the functions of head_gemm, which may then be called directly."""
+    """Whether head_gemm computes the head's products on this device, so that its functions may be called directly."""
     return device.type == "cuda" and not torch.version.hip
 
 

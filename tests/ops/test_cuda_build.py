@@ -149,7 +149,7 @@ def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], me
         ("12.6", None, "1", "targets 8.0;9.0+PTX"),
         ("12.6", "13.0", "0", "targets none"),
         ("12.6", "13.0", "", "/bin/nvcc is of CUDA 12.6 (set CUDA_HOME); installing without the CUDA ops."),
-        ("12.6", "13.0", "1", "RuntimeError: RBFAST_CUDA=1 needs nvcc of CUDA 13, as torch is, but "),
+        ("12.6", "13.0", "1", "RuntimeError: RBFAST_CUDA=1 needs nvcc of CUDA 13, to match torch, but "),
     ),
 )
 def test_the_build_suits_torch_and_nvcc(
