@@ -5,14 +5,14 @@ Maths: with H = scale * xs A^T the gradients of y += H B^T are dB = dy^T H, dH =
 Traffic of column_grad, for dy [T, out] in bf16: dy is read once, 2 T out bytes. A program owns one block of features
 and one group of tokens; it keeps its part of dB in registers and writes its part of dH. Parts are written once and read
 once: 8 T k bytes for every 256 features and 8 out k for every group. For k below about 30 this traffic is small.
-FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather moves 4 T s bytes (more where single columns
+FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather moves 4 T s bytes (more if single columns
 lie in separate sectors); column_linear_ and column_scatter_ read and write what they change once, after one read of xs
 or dy.
 
 Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16 holds
 exactly: an fp32 factor is split into three pieces, an fp16 operand into two, a bf16 operand is one. Tensor cores
-truncate sums towards 0, so they only sum within one tile, small pieces apart from large ones; fp32 additions, which
-round, sum the tiles. Order: the split of a sum depends on the shapes alone and parts are added in order, so equal
+truncate sums towards 0, so they only sum within one tile, small pieces separately from large ones; fp32 additions,
+which round, sum the tiles. Order: the split of a sum depends on the shapes alone and parts are added in order, so equal
 inputs give equal bits; no atomics.
 
 Column indices are not checked against the matrix on a GPU: that would synchronise with the device. Those of a saved
@@ -312,7 +312,7 @@ def column_fold_(
     _expect_delta(op, A, B, len(cols), len(weight))
     _expect_writable(op, "weight", weight)
     if len(A) == 0:
-        weight[:, cols] = base_columns  # bit by bit: a sum would make +0 of -0
+        weight[:, cols] = base_columns  # bitwise: a sum would turn -0 into +0
         return
     _update_(weight, base_columns, cols.contiguous(), B, A, scale, run)
 

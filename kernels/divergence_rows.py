@@ -3,10 +3,10 @@
 Maths: one program per row, in passes over blocks of V. The first finds the maximum and the sums of exponentials (of the
 student, and of a dense teacher); scalars between the passes are fp64. A row with a top-k teacher, or with none, then
 needs one pass for dz. A dense row needs one more for reverse KL and JS, whose gradient contains a mean over the row.
-Checking ids and labels would synchronise with the device: a row with one outside the vocabulary becomes NaN instead.
+Checking ids and labels would synchronise with the device, so a row with one outside the vocabulary becomes NaN.
 
 Traffic of a row in bytes, dz in bf16: top-k and text 4 V (sums) + 6 V (dz); dense forward KL 8 V + 10 V, the others 8 V
-more; 8 V more where the head has a bias, scale or softcap. FLOPs: about 40 (top-k) to 150 (JS) per logit.
+more; 8 V more if the head has a bias, scale or softcap. FLOPs: about 40 (top-k) to 150 (JS) per logit.
 
 Memory: dz may overlap the logits, and by construction no warp overwrites what another has yet to load. Every store to a
 row directly follows a barrier, at which all warps have loaded all blocks up to this one. And the store of block [a, b)
@@ -35,7 +35,7 @@ from rbfast.kernels.divergence_terms import (
 
 @triton.jit
 def _load_label_logit(row, label, V):
-    """The label's logit, fp64; NaN where the label is outside the vocabulary."""
+    """The label's logit, fp64; NaN if the label is outside the vocabulary."""
     is_there = (label >= 0) & (label < V)
     return at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
 
@@ -353,4 +353,4 @@ def _check_planes(logits: Tensor, dz: Tensor | None, bias: Tensor | None) -> Non
     same_memory = dz.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     steps = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (logits, dz)]
     if same_memory and len(logits) and steps[0] != steps[1]:
-        raise ValueError("divergence_rows_: dz may lie over logits only if each row starts where its logits start")
+        raise ValueError("divergence_rows_: dz may overlap logits only if each row starts where its logits start")

@@ -168,7 +168,7 @@ def grouped_column_fold_(
         )
     _expect_delta("grouped_column_fold_", A, B, E, out, len(cols))
     if A.shape[1] == 0:
-        weight[..., cols] = base_columns  # bit by bit: a sum would make +0 of -0
+        weight[..., cols] = base_columns  # bitwise: a sum would turn -0 into +0
         return
     _fold_(weight, base_columns, cols.contiguous(), B, A, scale, run)
 

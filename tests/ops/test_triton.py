@@ -545,7 +545,7 @@ def test_wrong_rows_are_named():
     values = rows.signals(DEVICE)
     logits = rows.logits.clone().to(DEVICE)
     packed = logits.view(-1).view(torch.float16)[: 9 * 37].view(9, 37)  # its row 1 starts in the logits of row 0
-    with pytest.raises(ValueError, match="dz may lie over logits only if each row starts where its logits start"):
+    with pytest.raises(ValueError, match="dz may overlap logits only if each row starts where its logits start"):
         divergence_rows.divergence_rows_(logits, packed, *values)
 
 
