@@ -445,7 +445,7 @@ def test_a_model_may_call_its_parts_as_an_adapter_calls_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("place", [str, Path])
-def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
+def test_an_unknown_placement_is_refused_with_the_valid_ones(tmp_path, place):
     for name in ("foo", tmp_path):
         message = re.escape(f'unknown placement {str(name)!r}: use "random", ColumnScores (from ')
         with pytest.raises(FileNotFoundError, match=message + ".* or the path of a score file"):
