@@ -100,7 +100,8 @@ inline void expect_run(const char* op, int64_t s, int64_t run) {
 // Refuses an expanded tensor: threads would race to write the same element.
 inline void expect_writable(const char* op, const char* name, const Tensor& x) {
   for (int64_t d = 0; d < x.dim(); ++d) {
-    expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name, " is expanded: clone it before it is written to");
+    expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name,
+           " is an expanded view, which cannot be written to: clone it");
   }
 }
 

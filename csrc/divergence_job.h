@@ -108,8 +108,9 @@ class Arguments {
     const char* dz_end = dz + ((job.rows - 1) * job.dz_stride + job.vocabulary) * bytes;
     const bool is_apart = dz_end <= z || z_end <= dz;
     const bool is_same = dz == z && (job.rows < 2 || job.dz_stride * bytes == job.logits_stride * 4);
-    expect(is_apart || is_same, "divergence_rows_: dz overlaps logits in another way than row by row from the same ",
-           "address; give it memory of its own, or logits.view(dz.dtype)[:, :V]");
+    expect(is_apart || is_same,
+           "divergence_rows_: dz may overlap logits only if each row starts where its logits start; ",
+           "give it memory of its own, or logits.view(dz.dtype)[:, :V]");
   }
 
   void take_top_k(const Tensor& ids, const Tensor& logprobs) {

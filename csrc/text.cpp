@@ -38,7 +38,7 @@ int64_t checked_rows(const char* name, const Array<int64_t>& starts, int64_t len
   for (int64_t i = 0; i < n; ++i)
     expect(at[i] <= at[i + 1], std::string(name) + " must not decrease, but does at " + std::to_string(i + 1));
   expect(at[0] == 0 && at[n] == length,
-         std::string(name) + " must run from 0 to " + std::to_string(length) + ", the length of what it cuts");
+         std::string(name) + " must run from 0 to " + std::to_string(length) + ", the length of what it divides");
   return n;
 }
 

@@ -348,4 +348,4 @@ def _expect_columns(op: str, cols: Tensor, run: int) -> None:
 def _expect_writable(op: str, name: str, x: Tensor) -> None:
     """Raises for an expanded tensor: several programs would write the same element."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{op}: {name} is expanded: clone it before it is written to")
+        raise ValueError(f"{op}: {name} is an expanded view, which cannot be written to: clone it")

@@ -120,7 +120,7 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
   expect_matrix("head_forward_", "logits", logits, hidden.size(0), weight.size(0));
   expect_float32("head_forward_", "logits", logits);
   expect((logits.stride(1) == 1 || logits.size(1) < 2) && (logits.stride(0) >= logits.size(1) || logits.size(0) < 2),
-         "head_forward_: logits must have dense rows, which may lie apart but not overlap");
+         "head_forward_: logits must have contiguous rows that do not overlap");
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
   if (width == 0) torch::stable::zero_(logits);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;

@@ -33,7 +33,7 @@ static inline Lanes add_below(Lanes sum, Lanes v, Lanes limit) {
 // ---- the threshold of a row ----
 
 // Thresholds to try, as shares of the sum that may be left out: 2^-8, 2^-9 ... 2^-15. In a peaked row few values lie
-// below the first, and it takes over 2^15 values below the last to exceed that sum.
+// above the first, and it takes over 2^15 values below the last to exceed that sum.
 constexpr int kThresholds = 8;
 constexpr int kFirstThreshold = 8;
 

@@ -45,10 +45,10 @@ Choice choose() {
   if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16"))
     return {Isa::avx512_bf16, "this CPU has no AMX"};
   if (!may_use_tiles()) return {Isa::avx512_bf16, "this CPU has AMX, but the kernel refuses its tiles"};
-  return {Isa::amx, "the best there is"};
+  return {Isa::amx, "the best that rbfast has"};
 }
 #else
-Choice choose() { return {Isa::scalar, "vectors of four floats: there are kernels for x86-64 alone"}; }
+Choice choose() { return {Isa::scalar, "vectors of four floats: the other kernels need x86-64"}; }
 #endif
 
 const Choice& choice() {

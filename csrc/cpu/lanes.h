@@ -11,7 +11,7 @@
 
 #if defined(__x86_64__)
 #if __GNUC__ < 11  // true of clang too, which ignores #pragma GCC target
-#error "for x86-64 rbfast is built by GCC 11 or later: set CXX to its g++"
+#error "on x86-64 rbfast needs GCC 11 or later: set CXX to its g++"
 #endif
 #pragma GCC diagnostic push  // GCC 12 warns about its own header (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"

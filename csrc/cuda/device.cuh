@@ -216,7 +216,7 @@ struct Argument {
 
   std::string place() const {
     if (tensor->is_cpu()) return "the CPU";
-    return (tensor->is_cuda() ? "cuda:" : "another device, of index ") + std::to_string(tensor->get_device_index());
+    return (tensor->is_cuda() ? "cuda:" : "another device with index ") + std::to_string(tensor->get_device_index());
   }
 };
 

@@ -221,7 +221,7 @@ def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
                 if None not in row:
                     yield where, {name: cell or None for name, cell in row.items()}
                     continue
-                error = TraceError(f"{where}: expected {len(names)} cells, got more; quote cells that contain {delimiter!r}")
+                error = TraceError(f"{where}: expected {len(names)} cells, got more; quote those with {delimiter!r}")
                 if not lenient:
                     raise error
                 yield where, error

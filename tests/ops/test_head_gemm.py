@@ -167,11 +167,9 @@ def test_thresholds_of_extreme_rows():
 def test_wrong_shapes_are_named():
     with pytest.raises(RuntimeError, match=r"head_forward_: weight must be \[7, 5\]"):
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
-    with pytest.raises(RuntimeError, match="head_forward_: logits must have dense rows"):
+    with pytest.raises(RuntimeError, match="head_forward_: logits must have contiguous rows"):
         ops.head_forward_(torch.zeros(7, 3).T, torch.randn(3, 5), torch.randn(7, 5))
-    with pytest.raises(
-        RuntimeError, match="head_forward_: logits must have dense rows, which may lie apart but not over"
-    ):
+    with pytest.raises(RuntimeError, match="head_forward_: logits must have contiguous rows that do not overlap"):
         ops.head_forward_(torch.zeros(20).as_strided((3, 7), (5, 1)), torch.randn(3, 5), torch.randn(7, 5))
     with pytest.raises(RuntimeError, match=r"head_backward_: weight must be \[7, 5\]"):
         head_backward(torch.randn(3, 7), torch.randn(6, 5))

@@ -212,7 +212,7 @@ def test_bad_columns(name, change, message):
 def test_an_expanded_target_is_refused(name, target, width):
     d = on_device(make((77, 90, 77, 33, 2), torch.float32))
     expanded = replace(d, **{target: torch.zeros(1, width, device=DEVICE).expand(77, width)})
-    with pytest.raises(ValueError, match=f"{name}: {target} is expanded: clone it"):
+    with pytest.raises(ValueError, match=f"{name}: {target} is an expanded view, which cannot be written to: clone it"):
         getattr(columns, name)(*arguments(name, expanded))
 
 
