@@ -28,7 +28,7 @@ TraceMeasure = Callable[[Trace], float]
 
 
 class AssessedPart(NamedTuple):
-    """An assessed part of a pool. `flaws` has a value for every row, the rest for the rows without a flaw, in order."""
+    """An assessed part of a pool. `flaws` covers every row, the other fields only the rows without a flaw, in order."""
 
     flaws: list[str | None]
     domains: list[str]
@@ -42,7 +42,7 @@ class AssessedPart(NamedTuple):
     verified: np.ndarray  # int8: UNVERIFIED, WRONG or RIGHT
     lengths: np.ndarray  # int32, characters of reasoning
     prompt_sizes: np.ndarray  # int64, the number of texts in the prompt: the problem, and what comes before it
-    prompt_fingerprints: np.ndarray  # uint64 [sum of sizes], of the user's texts; other texts have their problem's
+    prompt_fingerprints: np.ndarray  # uint64 [sum of sizes]; replies and system prompts have their problem's
     shared: SharedShingles  # what these texts share with the evaluation sets
 
 
@@ -57,12 +57,12 @@ class Assessor:
     verify: Verify | None = None
 
     def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> AssessedPart:
-        read = [_parse_row(row) for _, row in rows]
-        whole = [trace for trace in read if isinstance(trace, Trace)]
-        repeated = iter(repeated_shares([trace.reasoning for trace in whole], threads=threads).tolist())
+        parsed = [_parse_row(row) for _, row in rows]
+        traces = [trace for trace in parsed if isinstance(trace, Trace)]
+        repeated = iter(repeated_shares([trace.reasoning for trace in traces], threads=threads).tolist())
         flaws: list[str | None] = []
         kept: list[tuple[Trace, Mapping[str, Any], Quality]] = []
-        for trace, (_, row) in zip(read, rows, strict=True):
+        for trace, (_, row) in zip(parsed, rows, strict=True):
             if isinstance(trace, str):
                 flaws.append(trace)
                 continue
@@ -109,14 +109,14 @@ class Assessor:
 
 
 def question_text(trace: Trace) -> str:
-    """All that the user asks, from the first turn to the problem."""
+    """The user's texts, from the first turn to the problem."""
     return "\n\n".join([*(turn["content"] for turn in (trace.turns or ())[::2]), trace.problem])
 
 
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     """The trace's own `verified`, else its answer graded against the row's `reference`, else None.
 
-    A reference may be a solution that marks its answer; a solution that marks none is ignored. The grader is
+    A reference may be a solution that marks its answer; one without a marked answer is ignored. The grader is
     `rbfast.grading.grade.grade`.
 
     Raises:
@@ -157,7 +157,7 @@ def _prompt_texts(trace: Trace) -> list[str]:
 
 
 def _question_fingerprints(fingerprints: np.ndarray, sizes: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
-    """The fingerprints of the prompts' texts, with the problem's in place of a reply's or a system prompt's.
+    """The fingerprints of the prompts' texts; replies and system prompts get the fingerprint of their problem.
 
     Each fingerprint counts once when the rarity of shingles is measured, so this measures rarity among questions only.
     """
@@ -196,5 +196,5 @@ def _verdict(verified: bool | None) -> int:
 def _as_finite(name: str, values: Sequence[float]) -> np.ndarray:
     array = np.array(values, dtype=np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must give a finite number for every trace, got {array[~np.isfinite(array)][0]}")
+        raise ValueError(f"{name} must return a finite number for every trace, got {array[~np.isfinite(array)][0]}")
     return array

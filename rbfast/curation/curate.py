@@ -1,10 +1,10 @@
-"""Reason1K: the thousand traces of a pool to train on, with a reason for every one that is left out.
+"""Reason1K: the thousand traces of a pool to train on, and a reason for every trace that is left out.
 
     result = curate(["pool.jsonl"], "reason1k/", CurateConfig(size=1000, against=["math500.jsonl"], seed=0))
-    print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
+    print(result.stages)                       # clean, decontaminate, dedup, score, select: items in, dropped by reason
 
-Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
-reason, what it matched or was graded against), `datasheet.json` and `datasheet.html`. The same arguments give the same
+Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item, with its location, stage, reason,
+and what it matched or was graded against), `datasheet.json` and `datasheet.html`. The same arguments give the same
 bytes, for any number of processes, on one machine or on a Ray cluster.
 
 The pool is read three times, a chunk at a time, and never held in memory: to assess each item, to fetch the shortlisted
@@ -47,7 +47,7 @@ from rbfast.utils.progress import counting
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight of each criterion, itself a number in [0, 1], in an item's score."""
+    """The weight of each criterion in an item's score. Each criterion lies in [0, 1]."""
 
     difficulty: float = 0.5
     quality: float = 0.4
@@ -55,7 +55,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
-            raise ValueError(f"weights must be 0 or more, and one of them more, got {self}")
+            raise ValueError(f"weights must be finite, 0 or more and not all 0, got {self}")
 
 
 @dataclass
@@ -71,17 +71,17 @@ class Curation:
 
 @dataclass(frozen=True)
 class CurateConfig:
-    """How a pool is curated.
+    """How to curate a pool.
 
     Args:
-        size: traces to pick.
+        size: the number of traces to select.
         against: evaluation sets whose problems must not be trained on: benchmarks by name ("math-500"), files, folders
             or hub ids (their split `test` by default).
-        pass_rates: the share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
-        quality, difficulty, verify, embed: functions that replace the built-in ones; picklable if there are several
-            processes. See docs/curation.md.
+        pass_rates: for each problem text, the share of a student's tries that solve it; see `read_pass_rates`.
+        quality, difficulty, verify, embed: functions that replace the built-in ones; picklable if `processes` > 1.
+            See docs/curation.md.
         weights: of difficulty, quality and correctness in an item's score.
-        thresholds: from which similarity on a problem counts as contaminated.
+        thresholds: the least similarity that counts as contamination, by tier.
         keep_templates: keep problems that differ from an evaluation problem only in their numbers.
         processes: the number of processes that assess the pool.
         ray: assess on this Ray cluster instead, an address for `ray.init`: "auto", "local" or host:port. An open Ray
@@ -112,7 +112,7 @@ class CurateConfig:
             raise ValueError(f"size and processes must be at least 1, got {self.size} and {self.processes}")
         if self.ray is not None and self.processes > 1:
             raise ValueError(
-                f"expected processes or ray, got {self.processes} and {self.ray!r}: Ray starts its own workers"
+                f"set processes or ray, not both, got {self.processes} and {self.ray!r}: Ray starts its own workers"
             )
 
     def settings(self, pool: Pool) -> dict[str, Any]:
@@ -141,13 +141,13 @@ def curate(
     Raises:
         TraceError: a file cannot be read, or none of a source's first 100 rows is a trace. Any other row that is not a
             trace is dropped with its reason.
-        ValueError: the pool is empty, `out` is in the pool, a pass rate is outside [0, 1], or no pass rate belongs to a
+        ValueError: the pool is empty, `out` overlaps the pool, a pass rate is outside [0, 1], or none belongs to a
             trace that can be selected.
         ImportError: `ray` is set, and Ray Data is not installed.
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    check_output(out, folder=True)  # before the pool is read, which takes long
+    check_output(out, folder=True)  # fail before the slow reading of the pool
     sources = (pool,) if isinstance(pool, str | Path) else tuple(pool)
     read = Pool(sources, config.formats, keep_fields=config.verify is not None)
     _check_out_of_pool(read, out)
@@ -172,7 +172,7 @@ def read_pass_rates(path: Source) -> dict[str, float]:
     """The share of correct tries of each problem, from the records that `rbfast eval -o` writes.
 
     Raises:
-        ValueError: a row is not such a record, or there is none.
+        ValueError: a row is not such a record, or there are no rows.
     """
     tries: dict[str, list[bool]] = {}
     for where, row in read_rows(path):
@@ -182,7 +182,7 @@ def read_pass_rates(path: Source) -> dict[str, float]:
             or not isinstance(row.get("correct"), bool)
         ):
             raise ValueError(
-                f"{where}: expected a record of `rbfast eval -o` with problem and correct, got another row"
+                f"{where}: expected a record of `rbfast eval -o` (problem: text, correct: bool), got another row"
             )
         tries.setdefault(row["problem"], []).append(row["correct"])
     if not tries:
@@ -197,7 +197,7 @@ def _check_out_of_pool(pool: Pool, out: Path) -> None:
     """Raise ValueError if the output would be read as part of the pool, or overwrite it."""
     for source in pool.sources:
         if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
-            raise ValueError(f"{out}: expected a folder apart from the pool, got {source} in the pool; name another")
+            raise ValueError(f"{out}: the output would overlap the pool ({source}): choose another folder")
 
 
 def _assess(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[AssessedPart]:
@@ -255,8 +255,8 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
     known = {"known": int((alive & ~np.isnan(rates)).sum()), "of": int(alive.sum())}
     if known["of"] and not known["known"]:
         raise ValueError(
-            f"expected pass rates on this pool, got them on {len(pass_rates)} problems that none of the {known['of']} "
-            "traces to choose from asks; measure them with `rbfast eval --task POOL`"
+            f"none of the {known['of']} traces to choose from has one of the {len(pass_rates)} pass rates given: "
+            "measure this pool with `rbfast eval --task POOL`"
         )
     return known
 
@@ -288,7 +288,7 @@ def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive:
 def _select(
     ledger: Ledger, merits: np.ndarray, pool: Pool, config: CurateConfig, quiet: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """The chosen items, sorted; and the locations of rows that others are duplicates of."""
+    """The chosen items, sorted, and the locations of the rows that were kept in place of duplicates."""
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
     domains = np.where(ledger.alive, domains, -1)
     share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), config.size)
@@ -364,7 +364,7 @@ def _write(
                 progress(rows, len(flaws))
         progress(rows, len(flaws))
         if rows != len(flaws):
-            raise ValueError(f"the pool had {len(flaws)} rows and now has others: it changed while it was read")
+            raise ValueError(f"the pool changed while it was read: it no longer has {len(flaws)} rows; curate it again")
 
 
 def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
@@ -379,7 +379,7 @@ def _with_metadata(row: Mapping[str, Any], where: str, difficulty: float) -> Tra
 
 
 def _grading_texts(row: Mapping[str, Any]) -> dict[str, str]:
-    """The answer of a row and its reference, as text: a reference may be of any type."""
+    """The answer and the reference of a row, as text: a reference may have any type."""
     given = ((name, row.get(name)) for name in ("answer", "reference"))
     return {name: str(value).encode("utf-8", "replace").decode() for name, value in given if value is not None}
 

@@ -28,8 +28,8 @@ _BINS = 20
 _MOST_MATCHED = 50  # evaluation problems listed at most
 _MOST_DRAWN = 20  # domains drawn at most
 _WHICH = (
-    "Before: the traces that clean let through; of difficulty, the eligible ones. "
-    "Eligible: those that select could choose from. After: those that it chose."
+    "Before: the traces that passed clean (for difficulty: the eligible ones). "
+    "Eligible: the traces that select could choose from. After: the traces that it chose."
 )
 
 
@@ -45,7 +45,8 @@ def describe(
     Args:
         difficulty: float [items], NaN if an item was dropped before it was scored.
         chosen: the selected items.
-        pass_rates: `known`, the number of items with a pass rate, `of` how many items; None if none were given.
+        pass_rates: `known`, the number of items with a pass rate, and `of`, the number of items that can be selected;
+            None if no pass rates were given.
     """
     part = ledger.part
     after = np.zeros(len(ledger.rows), dtype=bool)
@@ -161,7 +162,7 @@ def render(sheet: Mapping[str, Any]) -> str:
         table(("mark", "before", "after"), marks),
         f"<h2>Evaluation problems matched: {number:,} of {sheet['evaluation_problems']:,}</h2>",
         *([table(("where", "problem", "items of the pool"), matched)] if matched else []),
-        *([remark(f"These {len(matched)} matched most; dropped.jsonl has all.")] if number > len(matched) else []),
+        *([remark(f"These {len(matched)} are matched most; dropped.jsonl has all.")] if number > len(matched) else []),
         "<h2>Settings</h2>",
         f"<pre>{escape(json.dumps(sheet['settings'], indent=1, ensure_ascii=False))}</pre>",
     ]
@@ -169,7 +170,7 @@ def render(sheet: Mapping[str, Any]) -> str:
 
 
 def pass_rates_line(sheet: Mapping[str, Any]) -> str | None:
-    """A line that says for how many traces the pass rate was known; None if no rates were given."""
+    """The number of traces with a known pass rate, as a line of text; None if no pass rates were given."""
     known = sheet.get("pass_rates")
     return known and f"Pass rates for {known['known']:,} of {known['of']:,} traces"
 

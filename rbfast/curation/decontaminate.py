@@ -1,4 +1,4 @@
-"""Find the problems of a pool that give away a problem of an evaluation set.
+"""Find the problems of a pool that leak a problem of an evaluation set.
 
     evaluations = read_evaluations(["math500.jsonl", "aime25.jsonl"])
     found = contaminated(["Find the number of integer values of $k$ ...", ...], evaluations)
@@ -8,18 +8,18 @@ A problem is judged by the share of an evaluation problem that it contains, in 5
 by rarity (idf): "find the number of integer values" weighs little, the equation much. Sentences about the form of the
 answer ("Express your answer as a common fraction.") are ignored. Five tiers:
 
-- text: at least half of an evaluation problem is contained. A problem of fewer than five tokens is a single shingle; it
-  also counts if a sentence or a line ends in it (at least `_LEAST_RUN` tokens, a numeral among them);
-- template: with every number masked at least four fifths is contained: the same problem with other numbers;
-- variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
-  same problem with other numbers, other names or one more clause;
-- renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
-- paraphrase: the two embeddings are close. Only if an embedding function is given.
+- text: at least half of an evaluation problem is contained. An evaluation problem of fewer than five tokens is a single
+  shingle; it also counts if a sentence or line ends with it, and it has `_LEAST_RUN` tokens or more, one a numeral;
+- template: with all numbers masked, at least four fifths is contained: the same problem with other numbers;
+- variant: with all numbers masked, 55% of both problems is shared, in 3-shingles, and with the numbers a tenth is
+  contained: the same problem with other numbers, other names or one more clause;
+- renamed: with all numbers and variables masked, 65% of both problems is shared, in 3-shingles;
+- paraphrase: the two embeddings are close (only if an embedding function is given).
 
-A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest_matches`).
+The earlier turns and the system prompt of a trace are judged too (`strongest_matches`).
 
 The rarity of a shingle is known only once the whole pool is read. So `Decontaminator.find` runs on each part of a pool,
-and `Decontaminator.judge` once, on all that was found.
+and `Decontaminator.judge` runs once, on everything found.
 """
 
 import re
@@ -41,14 +41,14 @@ from rbfast.data.trace import TraceError
 
 SHINGLE = 5
 _SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
-_LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
+_LEAST_RUN = 3  # tokens; "Find $x$." ends many problems
 # The share of an evaluation problem that a variant must contain with its numbers, beyond common formulas.
 _LEAST_TEXT_SHARE = 0.1
-_BYTES_PER_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
+_BYTES_PER_HIT = 40  # a variant must share one template shingle per 40 bytes of its text, at most 10
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
-_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # named by their points, in geometry: ABC
-_BREAK = re.compile(r"[.?](?=[\s$\\)\]*\"']|\Z)|\n|\s\(?A[).]\s|\Z")  # a sentence ends, a line, or options follow
+_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # geometric figures named by their points: ABC
+_BREAK = re.compile(r"[.?](?=[\s$\\)\]*\"']|\Z)|\n|\s\(?A[).]\s|\Z")  # the end of a sentence or line, or answer options
 _BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
 _ESCAPED = re.compile(r"\\\\[a-zA-Z]")
 _SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
@@ -57,7 +57,7 @@ _SHARE_OF_BOTH = ("variant", "renamed")  # tiers whose share is of both problems
 _WEIGHT_UNIT = 2**20  # weights are integers in units of 2^-20 nats
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-"""Texts to vectors, float [n, d], of any length but zero."""
+"""Maps texts to vectors, float [n, d], of any norm but zero."""
 
 
 class Evaluation(NamedTuple):
@@ -68,11 +68,11 @@ class Evaluation(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The evaluation problem that a problem gives away (its index in the list), the tier, and the shared part."""
+    """The evaluation problem that a problem leaks (its index in the list), the tier, and the share."""
 
     item: int
     tier: str  # "text", "template", "variant", "renamed" or "paraphrase"
-    share: float  # of the evaluation problem's weight; of both problems' if variant or renamed; or the cosine
+    share: float  # of the evaluation problem's weight (variant, renamed: of both problems'); paraphrase: cosine
 
 
 class SharedShingles(NamedTuple):
@@ -130,7 +130,7 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
 
 
 def _problem_of(row: Any, where: str) -> str:
-    """The problem of a row that has it in a field of another name, or in a conversation."""
+    """The problem of a row that has it under another field name or in a conversation."""
     try:
         return str(question_of(row)["problem"])
     except TraceError as error:
@@ -145,7 +145,7 @@ def contaminated(
     embed: Embed | None = None,
     threads: int | None = None,
 ) -> list[Match | None]:
-    """For each problem, the evaluation problem that it gives away, or None."""
+    """For each problem, the evaluation problem that it leaks, or None."""
     decontaminator = Decontaminator(evaluations, thresholds or Thresholds(), embed)
     texts, threads = text.pack(problems), threads or text.cores()
     shared = decontaminator.find(texts, problems, threads=threads)
@@ -153,7 +153,7 @@ def contaminated(
 
 
 class _BestMatches(NamedTuple):
-    """For each problem of the pool, the evaluation problem it shares most with, or -1, and the share."""
+    """For each problem of the pool, the evaluation problem it shares most with (-1: none), and the share."""
 
     items: np.ndarray
     shares: np.ndarray
@@ -215,8 +215,8 @@ class _ShortProblems:
         self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
 
     def add_shared(self, shared: Ragged, texts: Texts, problems: Sequence[str], threads: int) -> Ragged:
-        """Add the short evaluation problems that `problems` contain to what they share with the text tier. `texts` is
-        `pack(problems)`."""
+        """Add the short evaluation problems found in `problems` to `shared`, the shingles shared with the text tier.
+        `texts` is `pack(problems)`."""
         if not self._places:
             return shared
         hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
@@ -284,10 +284,10 @@ class Decontaminator:
         return SharedShingles(verbatim, template, variant, renamed, sizes, *self._nearest(problems))
 
     def judge(self, found: SharedShingles, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
-        """The match of every problem in the pool, or None, from what `find` gave for the whole pool.
+        """The match of every problem in the pool, or None, from what `find` returned for the whole pool.
 
         Args:
-            fingerprints: of the problems, uint64 [n]; equal ones count once when rarity is measured.
+            fingerprints: of the problems, uint64 [n]; problems with equal ones count once when rarity is measured.
         """
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
@@ -352,13 +352,13 @@ class Decontaminator:
         vectors = np.asarray(self._embed(problems), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(problems) or not np.isfinite(vectors).all():
             raise ValueError(
-                f"embed must return finite numbers [{len(problems)}, d], got {list(vectors.shape)}: a row for each text"
+                f"embed must return finite numbers [{len(problems)}, d], one row per text, got {list(vectors.shape)}"
             )
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def strongest_matches(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
-    """The strongest match among the texts of each item; `lengths` is the number of texts of each.
+    """The strongest match among the texts of each item; `lengths` has the number of texts of each item.
 
     The surest tier wins, then the largest share, then the first text. Templates come last: they may be kept, and must
     not hide a match that is dropped.
@@ -373,6 +373,6 @@ def _by_strength(match: Match) -> tuple[int, float]:
 
 
 def join_shared(parts: Sequence[SharedShingles]) -> SharedShingles:
-    """Concatenate what was found in the parts of a pool."""
+    """Concatenate the shingles found in the parts of a pool."""
     *shingles, sizes, nearest, cosine = zip(*parts, strict=True)
     return SharedShingles._make([*map(text.join_ragged, shingles), *map(np.concatenate, (sizes, nearest, cosine))])

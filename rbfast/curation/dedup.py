@@ -3,10 +3,10 @@
     keeper = duplicates(fingerprints, signatures, keys, preference)
     keeper[i] == i                                     # i is kept; else it duplicates keeper[i]
 
-Problems with the same tokens are duplicates, whatever their answers: one of them may be wrong. Near duplicates share
-most shingles (MinHash), and must also agree in their answers and in the problems' numbers, letters and signs: problems
-made from one template share most of their words and are still different problems. The problem of a conversation is its
-last question. The turns before it must be equal too: "Are you sure?" is another problem after other turns.
+Problems with the same tokens are duplicates even if their answers differ: one answer may be wrong. Near duplicates
+share most shingles (MinHash), and must also agree in their answers and in the problems' numbers, letters and signs:
+different problems made from one template share most of their words. The problem of a conversation is its last question.
+The turns before it must be equal too: "Are you sure?" is another problem after other turns.
 """
 
 import re
@@ -49,10 +49,10 @@ def duplicates(
     """For each item, the item that is kept in its place (itself if it is kept), int64 [n].
 
     Args:
-        fingerprints: of the problem's tokens and its history, uint64 [n]; 0, a problem without tokens, equals no other.
+        fingerprints: of the problem's tokens and its history, uint64 [n]; 0 (no tokens) equals no other.
         signatures: MinHash of the problem's shingles, uint32 [n, 64].
         keys: `agreement_key` of each item, uint64 [n].
-        preference: float [n]; of duplicates the one with the highest is kept, of equals the first.
+        preference: float [n]; of duplicates, the one with the highest preference is kept, or the first of equals.
     """
     same = _equal_pairs(fingerprints, fingerprints != 0)
     near = [_similar_pairs(signatures, keys, band) for band in range(_BANDS)]

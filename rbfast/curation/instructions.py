@@ -2,7 +2,7 @@
 
     without_instructions("Find the sum of x and y. Put your answer in a box.")  # "Find the sum of x and y. "
 
-They are removed before problems are compared: half of the problems of an evaluation set may end in the same few.
+They are removed before problems are compared: half the problems of an evaluation set may end in the same few sentences.
 """
 
 import re
@@ -11,7 +11,7 @@ import numpy as np
 
 from rbfast.curation.text import Texts
 
-_LEAST = 12  # characters that must remain; else what looks like an instruction is the problem
+_LEAST = 12  # characters that must remain; else the supposed instruction is the problem itself
 _HINTS = (
     b"answer",
     b"response",
@@ -47,7 +47,7 @@ _TASK = (  # before the problem
     r"(?:solve|answer|consider|here\sis)\s(?:the\sfollowing|this|the|a)\s(?:\w+\s)?(?:problem|question|exercise)"
     r"(?=\s*[.:])"
 )
-_GAP = r"\s{0,20}"  # bounded: a long run of line breaks would be read again from each of them
+_GAP = r"\s{0,20}"  # bounded: else a long run of line breaks takes quadratic time
 _REST = r"(?:[^.?!\n]|\.(?=\d)|\n(?!\n))*[.?!]*"
 _INSTRUCTION = re.compile(
     rf"\(reminder:(?:[^()]|\([^()]*\))*\)|(?:^|(?<=[.?!\])$:}}])|\n){_GAP}\(?(?:please\s)?"
@@ -58,7 +58,7 @@ _INSTRUCTION = re.compile(
 
 
 def may_contain_instruction(texts: Texts) -> np.ndarray:
-    """The texts that contain a word of such sentences, int64. A fast filter: most contain none."""
+    """The indices of texts that contain a word typical of instructions, int64. A fast filter: most contain none."""
     data, places = texts.data.tobytes(), []
     for hint in _HINTS:
         at = data.find(hint)
@@ -69,6 +69,6 @@ def may_contain_instruction(texts: Texts) -> np.ndarray:
 
 
 def without_instructions(problem: str) -> str:
-    """`problem` without the sentences that say how to answer."""
+    """`problem` without the sentences that say only how to answer."""
     question = _INSTRUCTION.sub(" ", problem)
     return question if len(question.strip()) >= _LEAST else problem

@@ -36,7 +36,7 @@ class Stage:
 
 
 class Ledger:
-    """The fate of a pool. Rows are numbered in the pool, items among the rows without a flaw; item i is `rows[i]`."""
+    """The fate of a pool. A row is any row of the pool, an item a row without a flaw: item i is row `rows[i]`."""
 
     def __init__(self, part: AssessedPart) -> None:
         self.part = part
@@ -46,12 +46,12 @@ class Ledger:
         self.evaluations: tuple[Evaluation, ...] = ()
         flaws = Counter(flaw.partition(":")[0] for flaw in part.flaws if flaw is not None)
         self.stages = [Stage("clean", len(part.flaws), _sorted_by_count(flaws))]
-        self._stage_of = np.zeros(len(self.rows), dtype=np.int8)  # 0: in no stage
+        self._stage_of = np.zeros(len(self.rows), dtype=np.int8)  # an index into `stages`; 0: not dropped
         self._kind_of: list[str] = [""] * len(self.rows)
         self._keeper = np.arange(len(self.rows))
 
     def drop(self, stage: str, kinds: Mapping[int, str]) -> None:
-        """Record a stage: drop these items, each with its kind of reason."""
+        """Record a stage: drop these items, each for a kind of reason."""
         self.stages.append(Stage(stage, int(self.alive.sum()), _sorted_by_count(Counter(kinds.values()))))
         for item, kind in kinds.items():
             self.alive[item] = False
@@ -70,7 +70,7 @@ class Ledger:
         )
 
     def dedup(self) -> None:
-        """Keep one item of each problem: right before unverified, then the best quality, then the first."""
+        """Keep one item per problem: the right before the unverified, then the best quality, then the first."""
         part, items = self.part, np.flatnonzero(self.alive)
         certainty = np.where(part.verified == UNVERIFIED, 1, 2 * (part.verified == RIGHT))
         order = np.lexsort((part.quality[items], certainty[items]))
@@ -90,11 +90,11 @@ class Ledger:
 
     @property
     def eligible(self) -> np.ndarray:
-        """The items that selection was given, bool."""
+        """The items that selection could choose from, bool."""
         return self.alive | (self._stage_of == len(_STAGES) - 1)
 
     def kept_duplicates(self) -> np.ndarray:
-        """The rows that were kept in the place of duplicates, int64, sorted."""
+        """The rows that were kept in place of duplicates, int64, sorted."""
         return self.rows[np.unique(self._keeper[self._keeper != np.arange(len(self._keeper))])]
 
     def record(self, row: int, item: int | None, wheres: Mapping[int, str]) -> dict[str, Any]:

@@ -28,12 +28,12 @@ CHUNK = 1024  # rows
 
 Source = str | Path
 PoolRow = tuple[str, Any]
-"""The location of a row ("file:line"), and its trace's fields, or a TraceError if it has no trace."""
+"""The location of a row ("file:line"), and the fields of its trace, or a TraceError if it has none."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The sources of traces, how to read them, and whether rows keep the fields that are no fields of a trace."""
+    """The sources of traces, how to read them, and whether rows keep the fields that a trace does not have."""
 
     sources: tuple[Source, ...]
     options: FormatOptions = AUTO
@@ -51,7 +51,7 @@ def recognise_formats(pool: Pool) -> dict[Source, list[str]]:
     """The formats of the first rows of each source, the most frequent first.
 
     Raises:
-        TraceError: a source has rows, and none of its first 100 is read.
+        TraceError: a source has rows, but none of its first 100 is a trace.
     """
     formats: dict[Source, list[str]] = {}
     for source in pool.sources:
@@ -85,10 +85,10 @@ def assess_pool(pool: Pool, assessor: Assessor, processes: int) -> Iterator[Asse
         pickle.dumps(assessor)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            "with several processes quality, difficulty, verify and embed must be functions of a module, no lambdas or "
-            f"inner functions: {error}"
+            "with several processes, quality, difficulty, verify and embed must be functions of a module, not lambdas "
+            f"or inner functions: {error}"
         ) from error
-    # Spawn: a forked process inherits locks held by threads that it does not have.
+    # Spawn: a forked process inherits locks, but not the threads that hold them.
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
         ahead = deque(workers.submit(_assess_chunk, chunk) for chunk in islice(read, 2 * processes))
         while ahead:
@@ -126,9 +126,9 @@ def assess_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Asse
     try:
         data: Any = ray.data.from_items([{"pool": pickle.dumps(_with_absolute_paths(pool))}])
         data.context.execution_options.preserve_order = True
-        data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
+        data.context.target_max_block_size = 1  # byte: each chunk is a block, and each block a task
         data.context.enable_progress_bars = False
-        # The reader mostly waits for the others, and must not reserve a core.
+        # The reader mostly waits for the other workers, so it must not reserve a core.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         data = data.flat_map(_read_pickled, fn_kwargs={"size": CHUNK}, num_cpus=0, label_selector=here)
         for row in data.map(_assess_pickled, fn_kwargs={"assessor": assessor}, num_cpus=1).iter_rows():

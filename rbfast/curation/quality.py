@@ -55,12 +55,12 @@ _LEAST_LINES = 4  # needed before a missing full stop in the last line counts as
 def find_flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
     """Why a trace cannot be used, as "kind: what was seen", or None.
 
-    A truncated text does not always show it, and a complete text may look truncated. So a trace that is `finished`, or
-    whose answer was verified, is never called truncated.
+    A complete text may look truncated, and a truncated one complete. So a trace that is `finished`, or whose answer was
+    verified, is never called truncated.
 
     Args:
         repetition: `repeated_shares` of its reasoning.
-        finished: the text is known to be complete from other evidence.
+        finished: other evidence shows that the text is complete.
     """
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
@@ -102,7 +102,7 @@ def _open_construct(written: str) -> str | None:
     """The open construct that the text ends inside, or None."""
     if written.count("```") % 2:
         return "it ends inside a code fence"
-    paragraph = written.rpartition("\n\n")[2]  # a formula left open in an earlier paragraph is a typo, not a cut
+    paragraph = written.rpartition("\n\n")[2]  # an open formula in an earlier paragraph is a typo, not a cut
     if written.count("$$") % 2 and "$$" in paragraph:
         return "it ends inside $$ ... $$"
     formulas = written.replace("\\\\", "  ")  # a LaTeX line break, which may stand before a bracket

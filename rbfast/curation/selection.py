@@ -1,4 +1,4 @@
-"""Select a few items from many: a quota for every domain, and from the best of each those that represent the rest.
+"""Select a few items from many: each domain gets a quota, filled from its best items by those that represent the rest.
 
     share = quotas([900, 100, 4], size=40)                                 # [29, 9, 2]: by square roots
     short = shortlist(merits, ties, domains, share)                        # the best of each domain
@@ -22,8 +22,8 @@ REACH = 8  # shortlisted candidates for each item to be chosen
 def quotas(counts: Sequence[int], size: int) -> list[int]:
     """How many of `size` items each domain gives: in proportion to the square root of its count, at most its count.
 
-    What a domain cannot give goes to the others. The quotas sum to the lesser of `size` and the total count. Of equal
-    remainders the earlier domain is rounded up.
+    If a domain has too few items, the others give more. The quotas sum to the lesser of `size` and the total count. Of
+    equal remainders, the earlier domain's is rounded up.
     """
     if size < 0 or any(count < 0 for count in counts):
         raise ValueError(f"size and counts must be 0 or more, got {size} and {list(counts)}")
@@ -50,7 +50,7 @@ def shortlist(
 ) -> list[np.ndarray]:
     """The `reach * share[d]` best items of each domain d, but at most its better half, best first, int64.
 
-    So merits count in a small pool too: the lower half is used only if the upper half has too few items.
+    The lower half is used only if the upper half has too few items, so merits count in a small pool too.
 
     Args:
         merits: float [n].

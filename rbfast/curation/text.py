@@ -2,7 +2,7 @@
 
     texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
     hashes, counts = shingles(texts, 5)                                            # Ragged of sorted distinct uint64
-    found = find(texts, 5, index)                                                  # which of them an index has
+    found = find(texts, 5, index)                                                  # those that an index has
 
 The native module `rbfast._text` runs if it was built, else `rbfast.curation.text_reference`. Both give the same
 arrays, for any number of threads: all sums are of integers, so the order of summation does not matter.
@@ -40,7 +40,7 @@ class Ragged(NamedTuple):
 
 
 def _load_native() -> Any:
-    """`rbfast._text` if it was built for this Python. Raises ImportError if it is there but cannot be loaded."""
+    """`rbfast._text` if it was built for this Python. Raises ImportError if it was built but cannot be loaded."""
     return import_module("rbfast._text") if find_spec("rbfast._text") else None
 
 

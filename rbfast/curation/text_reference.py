@@ -101,7 +101,7 @@ def _scan(text: str, mask_digits: bool) -> list[str]:
 
 def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
     r"""Whether the brace at `at` is not an argument and not a font group: `{\bf a, b}`."""
-    end, inside = at, at + 1  # of what is before and where the inside starts; no slices, as a text may hold many braces
+    end, inside = at, at + 1  # where the text before ends and the text inside starts; slices would be quadratic
     while end and text[end - 1] in _SPACES:
         end -= 1
     while text[inside : inside + 1] and text[inside] in _SPACES:
@@ -115,7 +115,7 @@ def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
 
 
 def _read_mark(text: str, at: int, bound: int, row: list[str]) -> int:
-    """Read "!" or "'" as a factorial or prime if it is one, else as punctuation; returns where another may follow."""
+    """Read "!" or "'" as a factorial or prime if it is one, else as punctuation; returns where the next may follow."""
     follows = at == bound or (at > 0 and text[at - 1] in "})]|")
     factorial, prime = text[at] == "!", follows and not _IN_WORD.match(text, at + 1)
     if not ((follows or text[at + 1 : at + 2] == "=") if factorial else prime):
@@ -275,7 +275,7 @@ def facility_location(
         total = np.zeros(n, dtype=np.int64)
         for at in range(starts[item], starts[item + 1]):
             column = slice(column_starts[features[at]], column_starts[features[at] + 1])
-            total[rows[column]] += int(values[at]) * column_values[column]  # a column names a row once
+            total[rows[column]] += int(values[at]) * column_values[column]  # a row occurs once in a column
         return total
 
     best = np.zeros(n, dtype=np.int64)

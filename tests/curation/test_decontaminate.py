@@ -304,7 +304,7 @@ def test_an_embedding_sees_paraphrases() -> None:
         None,
         0,
     ]
-    with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], one row per text, got \[2\]"):
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))
 
 

@@ -139,4 +139,4 @@ def test_without_ray_it_says_what_to_install(pool: list[Path], tmp_path: Path, m
     assert main(["curate", str(pool[0]), "-o", str(tmp_path), "--ray", "auto"]) == 2
     assert "pip install 'rbfast[ray]'" in capsys.readouterr().err
     assert main(["curate", str(pool[0]), "-o", str(tmp_path), "--ray", "auto", "--processes", "2"]) == 2
-    assert "expected processes or ray, got 2 and 'auto'" in capsys.readouterr().err
+    assert "set processes or ray, not both, got 2 and 'auto'" in capsys.readouterr().err
