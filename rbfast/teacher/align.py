@@ -1,8 +1,8 @@
 """Map a teacher's log-probs to the student's tokens, where both tokenizers split the text at the same places.
 
 Tokens are compared as bytes. If a token of the student and one of the teacher cover the same bytes, the teacher's
-candidates become the student's tokens with the same bytes. Candidates without such a token stay in the tail. Nothing is
-guessed: at all other tokens there is no signal, only the text.
+candidates become the student's tokens with the same bytes. Candidates without such a token stay in the tail. All other
+tokens of the student get no signal, only the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _LoneByte(bytes):
 
 
 class Piece(NamedTuple):
-    """A teacher's token in a text, and the candidates at its place with natural log-probs."""
+    """A teacher's token in a text, and the candidates in its place with natural log-probs."""
 
     written: bytes
     top: Sequence[tuple[bytes, float]]
@@ -48,12 +48,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         ValueError: the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"log-probs need a fast tokenizer to be aligned, got {type(tokenizer).__name__}")
+        raise ValueError(f"aligning log-probs needs a fast tokenizer, got {type(tokenizer).__name__}")
     return _spelled(tokenizer, len(tokenizer))
 
 
 def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
-    """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
+    """The bytes of each token. A special token (thinking tags may be special) is spelled by its name."""
     tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
 
     def spell(number: int) -> bytes | None:
@@ -64,7 +64,7 @@ def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[by
     return list(map(spell, ids))
 
 
-@lru_cache(maxsize=4)  # needed for every trace, of the same two tokenizers; `size` changes if tokens are added
+@lru_cache(maxsize=4)  # called for every trace, with the same two tokenizers; `size` changes if tokens are added
 def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None]:
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
@@ -80,8 +80,8 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None
 
 
 def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
-    """The id of each token's bytes, the first of several. But `3` takes precedence over `<0x33>`: a tokenizer uses the
-    latter only for characters without a token."""
+    """The id of each token's bytes: the first of several tokens with the same bytes, but `3` before `<0x33>`, which a
+    tokenizer uses only for characters without a token."""
     ids: dict[bytes, int] = {}
     for number, written in enumerate(tokens):
         if written and (written not in ids or isinstance(tokens[ids[written]], _LoneByte)):
@@ -100,19 +100,19 @@ def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None]
 
 
 def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
-    """The byte range [start, end) of each token in `text`. A space that the tokenizer itself puts first is at -1.
+    """The byte range [start, end) of each token in `text`. A space that the tokenizer prepends starts at -1.
 
     Raises:
         ValueError: the tokens do not spell the text, because the tokenizer normalises it or a token is special.
     """
     if any(token is None for token in tokens):
-        raise ValueError("the tokens hold a special or unknown one, which stands for no bytes")
+        raise ValueError("a token is special or unknown: it has no bytes")
     ends = np.cumsum([0, *(len(token or b"") for token in tokens)])
     joined = b"".join(token or b"" for token in tokens)
     opening = 0 if joined == text else 1
     if opening and joined != b" " + text:
         at = shared_length(joined, text)
-        raise ValueError(f"the tokens spell another text: {joined[at : at + 20]!r} for {text[at : at + 20]!r}")
+        raise ValueError(f"the tokens spell {joined[at : at + 20]!r}, the text is {text[at : at + 20]!r}")
     return [(int(start) - opening, int(end) - opening) for start, end in pairwise(ends)]
 
 
@@ -128,7 +128,7 @@ def align(
     pieces: Sequence[Piece],
     ids: Mapping[bytes, int],
 ) -> list[AlignedToken]:
-    """The candidates for each token of the student that the teacher's tokenizer cuts alike.
+    """The candidates for each token of the student that has the same byte range as a token of the teacher.
 
     Args:
         student, teacher: the byte ranges of both token sequences in the same text.

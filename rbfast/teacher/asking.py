@@ -1,4 +1,4 @@
-"""Send jobs concurrently until every reply is there, the budget is used up, the teacher fails, or Ctrl-C."""
+"""Send jobs concurrently until every reply has arrived, the budget is used up, the teacher fails, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rbfast.utils.interrupts import counted_interrupts
 _HOPELESS = {401, 402, 404}  # every further request would fail too; 403 may refuse one question (moderation)
 _SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
 _MOST_FAILURES = 8  # in a row
-# Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
-_BUSY = {429, 502, 503, 504, 529}  # 502 and 504: of a proxy whose server restarts
-_REST = 15.0  # seconds before it is asked again
+# Wait for a teacher that has answered before if it is busy or unreachable: waiting costs nothing.
+_BUSY = {429, 502, 503, 504, 529}  # a proxy returns 502 and 504 while its server restarts
+_REST = 15.0  # seconds before the next request
 _LONGEST_SILENCE = 0.2  # seconds between progress reports and checks for Ctrl-C
 
 Reply = dict[str, Any]
@@ -30,16 +30,16 @@ Reply = dict[str, Any]
 def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Callable[[str], None]) -> str | None:
     """Send jobs and store their replies. Returns why some jobs stay open, or None if none does.
 
-    After Ctrl-C nothing more is sent, and pending replies, which are paid for, are waited for. A second Ctrl-C drops
-    them. If a teacher that has answered is then busy or unreachable, it is asked again for ten minutes.
+    After Ctrl-C, nothing more is sent, but pending replies are waited for, because they are paid for. A second Ctrl-C
+    drops them. If a teacher that has answered becomes busy or unreachable, requests are retried for ten minutes.
 
     Args:
-        report: called several times a second, with a message if the teacher is being waited for.
+        report: called several times a second, with a message while waiting for the teacher.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C.
         ServerError: the teacher refuses every request, or has failed several times in a row.
-        OSError: a reply could not be stored. Nothing more was sent, and those under way were waited for and stored.
+        OSError: a reply could not be stored. Nothing more was sent; pending replies were waited for and stored.
     """
     sender = _Sender(jobs, store, concurrency)
     with counted_interrupts() as interrupts:
@@ -69,11 +69,11 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
 
 
 class _Sender:
-    """The jobs to send, in `queue`, and those that are sent, in `pending`.
+    """The jobs to send, in `queue`, and the jobs sent but not answered, in `pending`.
 
     Attributes:
         reason: why a job stays open (the last reason if there are several).
-        stopped: the error after which no job is sent any more.
+        stopped: the error that ended the sending.
     """
 
     def __init__(self, jobs: Sequence[Job], store: ReplyStore, concurrency: int) -> None:
@@ -91,8 +91,9 @@ class _Sender:
     def send(self) -> None:
         """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case.
 
-        After failures every other job is taken from the end: an earlier call may have left only questions that the
-        teacher refuses at the front. And after too many the jobs under way decide whether it goes on.
+        After an odd number of failures in a row, the next job is taken from the end: an earlier call may have left only
+        questions that the teacher refuses at the front. After too many failures, nothing is sent while jobs are
+        pending: their results decide whether to continue.
         """
         budget = self._store.budget
         while self.queue and len(self.pending) < budget.max_concurrency(self._concurrency):
@@ -121,7 +122,7 @@ class _Sender:
                 self._fail(job, error)
 
     def _keep(self, reply: Reply, job: Job) -> None:
-        """Store a reply. If the disk is full, nothing more is sent; the replies under way are paid for, and may fit."""
+        """Store a reply. If that fails (a full disk), stop sending. Pending replies are paid for, and may still fit."""
         self._failures, self._answered = 0, time.monotonic()
         try:
             self._store.add(reply, job.worst_case())
@@ -131,7 +132,7 @@ class _Sender:
             self._unstored.append((reply, job))
 
     def store_again(self) -> None:
-        """Store the replies that could not be stored when they came: there may be room by now."""
+        """Try again to store the replies that could not be stored on arrival: there may be room by now."""
         for reply, job in self._unstored:
             with suppress(OSError):
                 self._store.add(reply, job.worst_case())
@@ -166,7 +167,7 @@ class _Sender:
             for job, thread in self.pending.values():
                 job.server.retried.give_up(thread)
             if coming := self._expected_replies():
-                print(f"waiting for replies under way: {coming}; Ctrl-C again leaves them", file=sys.stderr)
+                print(f"waiting for pending replies: {coming}; press Ctrl-C again to drop them", file=sys.stderr)
         return interrupts > 1 or not self._expected_replies()
 
     def _expected_replies(self) -> int:
@@ -175,7 +176,7 @@ class _Sender:
 
 
 def _start(job: Job) -> tuple[Future[Reply], Thread]:
-    """Send a job in a daemon thread, which ends with the program. A pool's threads would keep it alive."""
+    """Send a job in a daemon thread, which ends with the program. A pool's threads would keep the program alive."""
     future: Future[Reply] = Future()
 
     def ask() -> None:

@@ -1,7 +1,7 @@
 """Send jobs through batch APIs (OpenAI's, Anthropic's, Gemini's), which answer within a day at half the price.
 
-`batch.json` names the batch from before it is created until its replies are on disk. So after a kill the next call
-finds the batch, and nothing is asked twice.
+`batch.json` identifies the batch from before it is created until its replies are on disk. So if the process is killed,
+the next call finds the batch, and nothing is requested twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rbfast.utils.records import check_present_fields, read_json
 BATCH = "batch.json"
 _STATE = {"url": str, "ticket": dict, "batch": str}
 _OF_PROVIDERS: dict[str, Callable[[Provider], BatchAPI]] = {"anthropic": AnthropicBatches, "gemini": GeminiBatches}
-_TOO_MANY = 429  # the only status to retry after which certainly no batch was created
+_TOO_MANY = 429  # the only retryable status after which the batch cannot exist
 
 
 def batches_of(teacher: Teacher) -> BatchAPI:
@@ -36,7 +36,7 @@ def batches_of(teacher: Teacher) -> BatchAPI:
         return _OF_PROVIDERS[teacher.provider](teacher)
     name = teacher.provider if isinstance(teacher, Provider) else type(teacher).__name__
     raise ValueError(
-        f"no batches for the provider {name!r}: leave --batch out, or use the provider {' or '.join(_OF_PROVIDERS)}, "
+        f"no batch API for the provider {name!r}: leave out --batch, or use the provider {' or '.join(_OF_PROVIDERS)}, "
         "or a server with OpenAI's batch API"
     )
 
@@ -51,14 +51,14 @@ def ask_in_batches(
 
     Raises:
         ServerError: the server has no batch API, or refuses a batch.
-        ValueError: no batch API for such a teacher, or the folder's batch belongs to another server.
+        ValueError: no batch API for this teacher, or the folder's batch belongs to another server.
     """
     api = batches_of(teacher)
     by_key = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
     left_over = _find_left_over(api, folder, report) or {}
     batch = left_over.get("batch")
-    if (limit := left_over.get("max_tokens")) is not None:  # maybe another than this call's
+    if (limit := left_over.get("max_tokens")) is not None:  # may differ from this call's
         by_key |= {job.key: job for job in (job.with_limit(limit) for job in jobs)}
     while True:
         requests: list[Request] = []
@@ -76,13 +76,13 @@ def ask_in_batches(
 
 
 def _find_left_over(api: BatchAPI, folder: Path, report: Report) -> dict[str, Any] | None:
-    """The state of the batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
+    """The state of the batch that an interrupted call left. If that batch was never created, removes `batch.json`."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
         return None
     check_present_fields(state, {"max_tokens": int}, str(folder / BATCH))
     if state["url"] != api.url:
-        raise ValueError(f"{folder / BATCH} is a batch of {state['url']}: name that server, or another folder")
+        raise ValueError(f"{folder / BATCH} is a batch of {state['url']}: use that server, or another folder")
     batch = state["batch"] or api.find(state["ticket"], report)
     if batch is None:
         (folder / BATCH).unlink()
@@ -106,7 +106,7 @@ def _affordable_requests(api: BatchAPI, queue: Sequence[Job], store: ReplyStore)
 
 
 def _create(api: BatchAPI, requests: Sequence[Request], max_tokens: int, folder: Path, report: Report) -> str:
-    """Create a batch and return its id. A retry first looks for the batch: it may exist although no reply came."""
+    """Create a batch and return its id. A retry first looks for the batch: it may exist although no reply arrived."""
     ticket = api.prepare(requests)
     state = _write(folder, {"url": api.url, "ticket": ticket, "batch": "", "max_tokens": max_tokens})
     may_exist = False
@@ -138,7 +138,7 @@ def _collect(
 
     Args:
         requests: the requests of the batch, if this call created it.
-        jobs: all jobs of this call, by key; also with the limit of tokens that the batch was created with.
+        jobs: all jobs of this call, by key; both with this call's token limit and with that of the batch.
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
@@ -152,14 +152,14 @@ def _collect(
             except ServerError as error:
                 refused[key] = str(error)
             continue
-        outcome = f"said {result.status}" if result.status else "sent no reply"
+        outcome = f"returned {result.status}" if result.status else "sent no reply"
         refused[key] = f"{api.url} {outcome} in a batch: {result.refusal}"
         if result.status in INVALID and key in jobs:
             invalid.append((jobs[key], api.teacher.full_body(jobs[key].body()), result.refusal))
     if state.fault is not None:
         refused = {job.key: state.fault for job in store.missing(list(jobs.values()))} | refused
     silent = [request.key for request in requests if not store.has(request.key)]
-    refused = {key: f"the batch {state.batch} of {api.url} holds no reply to it" for key in silent} | refused
+    refused = {key: f"the batch {state.batch} of {api.url} has no reply to this request" for key in silent} | refused
     for job, sent, refusal in invalid:
         if api.teacher.connection.parameter_filter.learn(refusal, sent):
             refused.pop(job.key, None)  # it is sent again without the parameter
@@ -167,7 +167,7 @@ def _collect(
 
 
 def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) -> None:
-    """Store a reply, also one without a job, from an earlier call with other options: it is paid for."""
+    """Store a reply, even without a job (from an earlier call with other options): it is paid for."""
     if job is not None:
         store.add(job.record(reply), job.worst_case())
     else:

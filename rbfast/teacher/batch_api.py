@@ -31,7 +31,7 @@ class BatchStatus:
     Attributes:
         done: the number of requests with a result, of `total`; None if the API does not report it.
         fault: why the batch failed; None if it is running or has succeeded.
-        response: the API's own, which `results` may need.
+        response: the API's raw response, which `results` may need.
     """
 
     batch: str
@@ -57,7 +57,7 @@ class BatchAPI(Protocol):
     """A batch API. Every method raises ServerError if the API refuses, with the key hidden in its message.
 
     Attributes:
-        url: of the API to which a batch belongs.
+        url: the API to which a batch belongs.
         most_requests, most_bytes: the limits of one batch.
     """
 
@@ -73,7 +73,7 @@ class BatchAPI(Protocol):
         """The job as a request, with the options that the API accepts."""
 
     def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """A ticket, as JSON values without a key: what a batch is created from, and found by later."""
+        """A ticket to create a batch from and to find it by later: JSON values, without the API key."""
 
     def create(self, ticket: dict[str, Any], requests: Sequence[Request]) -> str:
         """Create a batch and return its id. Raises IncompleteReply if it is unknown whether the batch exists now."""
@@ -89,8 +89,8 @@ class BatchAPI(Protocol):
 
 
 def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
-    """Wait for the end of a batch, successful or not. Once a poll was answered, the API may be busy or away for ten
-    minutes: asking again costs nothing."""
+    """Wait until a batch has ended, successfully or not. After the first answered poll, the API may be busy or
+    unreachable for ten minutes: polling again costs nothing."""
     answered = None
     while True:
         try:
@@ -118,5 +118,5 @@ def parse_line(line: str | bytes, key: str, where: str, teacher: Server | Provid
         parsed = None
     if not isinstance(parsed, dict) or not isinstance(parsed.get(key), str):
         text = line if isinstance(line, str) else line.decode("utf-8", "replace")
-        raise ServerError(f"{where} holds no result but {teacher.hide(text)[:200]!r}")
+        raise ServerError(f"{where}: expected a JSON object with {key}, got {teacher.hide(text)[:200]!r}")
     return parsed

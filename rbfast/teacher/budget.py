@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prices:
-    """The prices of a million tokens, read and written, in the currency of `max_cost`.
+    """The prices per million tokens read and written, in the currency of `max_cost`.
 
     Raises:
         ValueError: a price is negative or not finite.
@@ -32,7 +32,7 @@ class Budget:
     """Tokens spent so far, and the limits.
 
     Raises:
-        ValueError: a limit is negative or not a number, or one on the cost without prices.
+        ValueError: a limit is negative or not a number, or `max_cost` is set without prices.
     """
 
     prices: Prices
@@ -40,7 +40,7 @@ class Budget:
     max_tokens: int | None
     read: int = 0
     written: int = 0
-    # The most tokens by which a reply exceeded its request's limit: the next may do so too. None: no reply yet.
+    # The most tokens (read, written) by which a reply exceeded its worst case: the next may too. None: no reply yet.
     _over: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -48,13 +48,13 @@ class Budget:
             if limit is not None and not limit >= 0:
                 raise ValueError(f"{name} must be at least 0, got {limit}")
         if self.max_cost is not None and self.prices == FREE:
-            raise ValueError("max_cost needs the prices of a million tokens (--prices READ WRITTEN), got none")
+            raise ValueError("max_cost needs prices per million tokens (--prices READ WRITTEN), got none")
 
     def pay(self, read: int, written: int) -> None:
         self.read, self.written = self.read + read, self.written + written
 
     def learn(self, worst: tuple[int, int], read: int, written: int) -> None:
-        """Note by how much a reply exceeded its expected worst case."""
+        """Record by how much a reply exceeded its worst case."""
         over = self._over or (0, 0)
         self._over = max(over[0], read - worst[0]), max(over[1], written - worst[1])
 

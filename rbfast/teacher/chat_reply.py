@@ -1,4 +1,4 @@
-"""Parse a chat completion, whatever server sent it: text, thinking, token counts, log-probs.
+"""Parse a chat completion of any server: text, thinking, token counts, log-probs.
 
 ```python
 reply = read_chat_reply({"choices": [{"message": {"content": "4", "reasoning": "Add."}, "finish_reason": "stop"}]})
@@ -92,7 +92,7 @@ def fault_of_finish(reason: str | None) -> str | None:
     if not lowered or lowered in FINISHED:
         return None
     if is_cut(reason):
-        return "the reply was cut at the limit of tokens; raise max_tokens"
+        return "the reply was cut at the token limit; raise max_tokens"
     if lowered == "model_length":
         return "the reply was cut at the model's own limit (finish_reason 'model_length'); take a shorter problem"
     return f"the server ended the reply with finish_reason {reason!r}, expected 'stop'"
@@ -149,13 +149,13 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
 
 
 def count_of(value: Any) -> int | None:
-    """A number of tokens as a server reports it; None if it is no count."""
+    """A number of tokens as a server reports it; None if it is not a count."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if type(value) is int and 0 <= value < _LONGEST else None
 
 
 def _logprobs(choice: Mapping[str, Any]) -> list[list[Any]]:
-    """The log-probs of the reply's tokens; none if their format is unknown, because the text is paid for."""
+    """The log-probs of the reply's tokens; empty if their format is unknown: the text is paid for."""
     try:
         top = (choice.get("logprobs") or {}).get("content") or []
         return [[_latin(token), [[_latin(c), float(c["logprob"])] for c in _candidates(token)]] for token in top]

@@ -2,7 +2,7 @@
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
-reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; retries if a server is busy or breaks off
+reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; retries if the server is busy or breaks off
 with closing(server.stream("/completions", body)) as events:     # dicts, as they come
     ...
 ```
@@ -31,14 +31,14 @@ _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 INVALID = (400, 422)  # statuses of an invalid request
 SHOWN = 500  # characters of a refusal shown in messages
 CONNECTING = 10.0  # seconds to connect
-PATIENCE = 600.0  # seconds that a teacher which has answered may be busy or away
+PATIENCE = 600.0  # seconds that a teacher may be busy or unreachable after it has answered
 _LONGEST_PAUSE = 120.0  # seconds, as in the SDK
 _Result = TypeVar("_Result")
 
 
 class ServerError(RuntimeError):
-    """A server did not answer as requested. `status`: its HTTP status; `partial`: what it had written; `pause`: the
-    seconds that it asks to wait."""
+    """A server did not answer as requested. `status`: its HTTP status; `partial`: what it wrote before; `pause`: the
+    seconds it asks to wait."""
 
     def __init__(
         self, message: str, status: int | None = None, partial: Any = None, *, pause: float | None = None
@@ -83,17 +83,17 @@ class Retries:
         return thread in self._waiting
 
     def give_up(self, thread: threading.Thread) -> None:
-        """Do not retry the request of a thread any more."""
+        """Stop retrying the request of a thread."""
         with self._lock:
             self._given_up.add(thread)
 
     def mark_waiting(self) -> None:
-        """This thread's request failed, and waits for a retry."""
+        """Record that this thread's request failed and waits for a retry."""
         with self._lock:
             self._waiting.add(threading.current_thread())
 
     def mark_retried(self) -> None:
-        """This thread's request is being retried. Raises ServerError if it was given up."""
+        """Record that this thread's request is being retried. Raises ServerError if it was given up."""
         with self._lock:
             if threading.current_thread() in self._given_up:
                 raise ServerError("the request was given up")
@@ -101,7 +101,7 @@ class Retries:
             self._waiting.discard(threading.current_thread())
 
     def mark_done(self) -> None:
-        """This thread's request has ended, successfully or not."""
+        """Record that this thread's request has ended, successfully or not."""
         with self._lock:
             self._waiting.discard(threading.current_thread())
 
@@ -128,12 +128,12 @@ def call_with_retries(retried: Retries, retries: int, attempt: Callable[[], _Res
 
 
 def pause_after(failures: int) -> float:
-    """The seconds to wait after so many failures, as in the SDK."""
+    """The seconds to wait after this many failures, as in the SDK."""
     return min(8.0, 0.5 * 2**failures)
 
 
 class Connection:
-    """What all copies of a Server share: the SDK's client, the retries, and the parameters that the server refuses."""
+    """The state that all copies of a Server share: the SDK's client, the retries, and the refused parameters."""
 
     def __init__(self) -> None:
         self.retried, self.parameter_filter = Retries(), ParameterFilter()
@@ -151,13 +151,13 @@ class Connection:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSettings:
-    """How a teacher is asked, whatever its API.
+    """The request settings of a teacher, for any API.
 
-    If it refuses temperature, top_p or seed, they are left out, with a warning.
+    If the teacher refuses temperature, top_p or seed, they are left out, with a warning.
 
     Args:
-        timeout: seconds without a byte; a reply that is not streamed sends none before it is complete.
-        retries: the most retries of a request that was refused for now or broken off.
+        timeout: the most seconds without a byte; a reply that is not streamed sends none before it is complete.
+        retries: the most retries of a request that was temporarily refused or broken off.
         temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
@@ -214,8 +214,8 @@ class Server(RequestSettings):
         object.__setattr__(self, "_key", _key_from_environment())
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """POST a request and return the JSON object of the reply. Retries also if the reply is not a JSON object, or
-        holds an error that says the server is busy."""
+        """POST a request and return the JSON object of the reply. Also retries if the reply is not a JSON object, or
+        contains an error that says the server is busy."""
         return call_with_retries(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
@@ -231,7 +231,7 @@ class Server(RequestSettings):
         try:
             if "json" in stream.response.headers.get("content-type", ""):
                 self._whole(path, stream.response.read())
-                raise IncompleteReply(f"{self.url}{path} sent one object and no stream")
+                raise IncompleteReply(f"{self.url}{path} sent a single object, not a stream")
             for event in stream:
                 if not isinstance(event, dict):
                     raise IncompleteReply(f"expected JSON objects, got {type(event).__name__}")
@@ -275,14 +275,14 @@ class Server(RequestSettings):
         """The bytes of a reply, or its stream."""
         import openai
 
-        how: dict[str, Any] = {"cast_to": bytes}
+        cast: dict[str, Any] = {"cast_to": bytes}
         if stream:
-            how = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
+            cast = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
         while True:
             sent = self.full_body(body)
             try:
                 with self.translated_errors(path):
-                    return self.client().post(path, body=sent, options={"headers": self.headers()}, **how)
+                    return self.client().post(path, body=sent, options={"headers": self.headers()}, **cast)
             except ServerError as error:
                 if error.status not in INVALID or not self.connection.parameter_filter.learn(str(error), sent):
                     raise
@@ -295,7 +295,7 @@ class Server(RequestSettings):
 
     @contextmanager
     def translated_errors(self, path: str) -> Iterator[None]:
-        """Turn the SDK's errors into ServerError, with the key hidden: a server may repeat it."""
+        """Turn the SDK's errors into ServerError, with the key hidden: the server's message may repeat it."""
         import openai
 
         try:
@@ -303,12 +303,12 @@ class Server(RequestSettings):
         except openai.APIStatusError as error:
             refusal = self.hide(error.response.text)[:SHOWN].strip() or error.response.reason_phrase
             pause = retry_after(error.response.headers)
-            message = f"{self.url}{path} said {error.status_code}: {refusal}"
+            message = f"{self.url}{path} returned {error.status_code}: {refusal}"
             raise ServerError(message, error.status_code, pause=pause) from None
         except openai.APIConnectionError as error:
             kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
-            hint = " (--timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
-            raise kind(f"{self.url}{path} said nothing: {_cause(error)}{hint}") from None
+            hint = " (raise --timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
+            raise kind(f"{self.url}{path} did not answer: {_cause(error)}{hint}") from None
         finally:
             self.retried.mark_done()
 
@@ -319,7 +319,7 @@ class Server(RequestSettings):
             reply = None
         if not isinstance(reply, dict):
             text = self.hide(data.decode("utf-8", "replace"))[:SHOWN]
-            raise IncompleteReply(f"{self.url}{path} sent no JSON object but {text!r}")
+            raise IncompleteReply(f"{self.url}{path} sent no JSON object: got {text!r}")
         if (error := reply.get("error")) and not reply.get("choices"):
             status = status_in(error)
             message = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:SHOWN]
@@ -333,7 +333,7 @@ class Server(RequestSettings):
 
 
 def hide(text: str, keys: Iterable[str]) -> str:
-    """The text with keys masked: a server may repeat the key that it was sent."""
+    """The text with keys masked: a server may repeat the key that was sent to it."""
     for key in filter(None, keys):
         text = text.replace(key, "*" * len(key))
     return text
@@ -363,11 +363,11 @@ def _cause(error: Exception) -> str:
 
 
 def _key_from_environment() -> str | None:
-    """The first key that is set. Raises ValueError, which does not show it, for a key that no header can hold."""
+    """The first key that is set. Raises ValueError, without showing the key, if a header cannot contain it."""
     for name in _KEYS:
         key = os.environ.get(name, "").strip()  # a key read from a file ends in a line break
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{name} must hold printable ASCII characters only; set it again")
+            raise ValueError(f"{name} must contain only printable ASCII characters; set it again")
         if key:
             return key
     return None

@@ -1,4 +1,4 @@
-"""Questions for a teacher, and jobs: a job is one reply to get, with everything that the reply depends on."""
+"""Questions for a teacher, and jobs: a job is one reply to request, with everything that the reply depends on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to ask, with its own system prompt if it has one. `known` holds the answer to verify the teacher's
-    with, if there is one."""
+    """A problem to ask, with its own system prompt if it has one. `known` has the reference answer, if there is one, to
+    verify the teacher's answer."""
 
     text: str
     known: Problem | None = None
@@ -46,11 +46,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Job:
-    """One reply to get.
+    """One reply to request.
 
     Attributes:
         key: a hash of everything that the reply depends on.
-        unlimited: the same without `max_tokens`, which does not matter for a reply that was not cut.
+        unlimited: the same hash without `max_tokens`, which does not matter for a reply that was not cut.
     """
 
     question: Question
@@ -83,16 +83,16 @@ class Job:
         return {"messages": turns, "seed": seed, **self.options}
 
     def with_limit(self, max_tokens: int) -> Job:
-        """The same job with another limit of tokens."""
+        """The same job with another token limit."""
         return replace(self, options=self.options | {"max_tokens": max_tokens})
 
     def worst_case(self) -> tuple[int, int]:
-        """Upper bounds of the tokens (read, written): a token has at least one byte, and a turn adds a few tokens."""
+        """Upper bounds on the tokens (read, written): a token has at least one byte, and a turn adds a few tokens."""
         read = f"{self._systems()}{self.question.text}"
         return len(read.encode()) + 64, self.options["max_tokens"]
 
     def _systems(self) -> str:
-        """The system prompt: how to answer, then the problem's own."""
+        """The system prompt: how to answer, then the problem's own system prompt."""
         return "\n\n".join(text for text in (self.system, self.question.system) if text)
 
     def ask(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Score existing traces with a local teacher: its top-k log-probs at each trained token (`server_logprobs`: a server).
+"""Score existing traces with a local teacher: its top-k log-probs at each trained token.
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
@@ -6,7 +6,8 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 ```
 
 The teacher reads its own prompt and the student's completion. If both tokenizers are the same, every trained token gets
-its top k. If they differ, that is an error, unless `align=True`: then only the tokens that both share get theirs.
+the teacher's top k. Different tokenizers are an error unless `align=True`: then only the tokens that both share get it.
+`server_logprobs` does the same with a served teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-NOTHING_SHARED = "the two tokenizers share no token of it"
+NOTHING_SHARED = "the two tokenizers share no token of the completion"
 # Tokens per forward pass of a local teacher, and bytes of logits at a time.
 _TOKENS, _TOKENS_ON_GPU = 2048, 16384
 _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
@@ -47,7 +48,7 @@ class TokenizersDiffer(ValueError):
 
 @dataclass(frozen=True)
 class PendingTrace:
-    """A trace without log-probs yet: its example, and the student's tokens of its completion."""
+    """A trace that has no log-probs yet: its example, and the student's tokens of its completion."""
 
     trace: Trace
     example: Example
@@ -107,7 +108,7 @@ def add_local_logprobs(
     if not same and not align:
         raise TokenizersDiffer(
             f"the teacher's tokenizer has other tokens than the student's ({len(teacher_tokenizer)} and "
-            f"{len(tokenizer)}); with align=True (--align) the tokens with the same boundaries in both are scored"
+            f"{len(tokenizer)}): use align=True (--align) to score only the tokens with the same boundaries in both"
         )
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)
@@ -128,7 +129,7 @@ def add_local_logprobs(
 def _read_all(
     tasks: Sequence[PendingTrace], read: Callable[[PendingTrace], _Reading]
 ) -> tuple[list[_Reading], list[tuple[Trace, str]]]:
-    """The readings of some tasks, and the other tasks' traces with the reason."""
+    """The readings of the tasks, and the traces of the tasks that cannot be read, with the reason."""
     readings, unread = [], []
     for task in tasks:
         try:
@@ -139,7 +140,7 @@ def _read_all(
 
 
 def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[PendingTrace]]:
-    """Group tasks, in order, into batches of at most so many of the student's tokens; a longer task is alone."""
+    """Group tasks, in order, into batches of at most `tokens` of the student's tokens; a longer task is alone."""
     batch: list[PendingTrace] = []
     size = 0
     for task in tasks:
@@ -178,7 +179,7 @@ class _Reading:
 def _reader(
     teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, same: bool
 ) -> Callable[[PendingTrace], _Reading]:
-    """A function that makes the teacher's reading of a task. It raises ValueError if they share no token."""
+    """A function that makes the teacher's reading of a task. It raises ValueError if the tokenizers share no token."""
     same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
 
     def read(task: PendingTrace) -> _Reading:
@@ -259,8 +260,8 @@ def _places(
 ) -> list[tuple[int, int, int] | None]:
     """The byte range of each token: (0, start, end) in the reply if both replies are the same text (`whole`).
 
-    Otherwise (part, start, end) within the thought (0) or the answer (1), or None for a token of neither: each model
-    has its own tags around them.
+    Otherwise (part, start, end) within the thought (0) or the answer (1), or None for a token in neither: each model
+    puts its own tags around them.
     """
     spans = byte_spans(spellings(tokenizer, ids), reply.text.encode())
     if whole:

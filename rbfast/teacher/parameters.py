@@ -15,7 +15,7 @@ from typing import Any
 
 _LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
 _OPTIONAL = ("temperature", "top_p", "seed")  # may be left out
-# How servers refuse a parameter, or any value but its default. A value out of range is the user's error.
+# How servers refuse a parameter, or all values but its default; not how they refuse a value out of range.
 _REFUSAL = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not (?:be )?(?:permitted|allowed|accepted|available)"
     r"|forbidden|extra (?:inputs|fields)|not accept|deprecated|only (?:the default|be set)|cannot be (?:used|set)"
@@ -41,7 +41,7 @@ class ParameterFilter:
         return fitted
 
     def learn(self, refusal: str, sent: Mapping[str, Any]) -> bool:
-        """Learn from a refusal. Returns whether `fit` would change the body now; warns about a dropped parameter."""
+        """Learn from a refusal. Returns whether `fit` now changes the body; warns about a dropped parameter."""
         if not _REFUSAL.search(refusal):
             return False
         with self._lock:
@@ -52,7 +52,7 @@ class ParameterFilter:
             shown = " ".join(refusal.split())[:200]
             for name in refused:
                 if name not in self._dropped:
-                    warnings.warn(f"the server refuses {name}: requests go without it ({shown!r})", stacklevel=2)
+                    warnings.warn(f"the server refuses {name}: requests are sent without it ({shown!r})", stacklevel=2)
             self._dropped.update(refused)
         return bool(refused)
 

@@ -35,9 +35,9 @@ _STATUS = {
 class AnthropicBatches:
     """A `BatchAPI`: Anthropic's Message Batches.
 
-    These batches have no name, and a request's id shows only in the results. So a ticket holds the newest batch before
-    ours, the number of our requests and the key of one. Ours is the later batch with as many requests whose results
-    contain that key.
+    These batches have no name, and only the results show the ids of the requests. So a ticket holds the newest batch
+    before ours, the number of our requests and the key of one. Ours is the later batch that has as many requests and
+    whose results contain that key.
     """
 
     most_requests, most_bytes = 100_000, 250_000_000
@@ -61,7 +61,7 @@ class AnthropicBatches:
         return self._requests.once("POST", self.url, "id", content=data)["id"]
 
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
-        """May wait for the end of a batch: only its results show whose it is."""
+        """The id of the batch. May wait for a batch to end: only its results show whose it is."""
         later = takewhile(lambda batch: batch["id"] != ticket["after"], self._list(self._LISTED))
         alike = [batch["id"] for batch in later if sum(_counts(batch).values()) == ticket["requests"]]
         for batch in reversed(alike):  # the oldest first
@@ -169,7 +169,7 @@ class GeminiBatches:
 
 
 def read_result(provider: Provider, key: str, reply: Any) -> Result:
-    """The result in a reply of the provider's own format."""
+    """The result from a reply in the provider's own format."""
     try:
         return Result(key, provider.read(reply))
     except ServerError as error:
@@ -185,5 +185,5 @@ def _counts(batch: dict[str, Any]) -> dict[str, int]:
 
 
 def _status_of_code(code: Any) -> int | None:
-    """The HTTP status of an error. A batch's results have gRPC codes, of which 3 is INVALID_ARGUMENT."""
+    """The HTTP status of an error. The results of a batch have gRPC codes; 3 is INVALID_ARGUMENT."""
     return 400 if code == 3 else code if isinstance(code, int) and code >= 100 else None

@@ -19,13 +19,13 @@ _Result = TypeVar("_Result")
 
 
 class ProviderRequests:
-    """Sends such requests.
+    """Sends requests other than chats.
 
     Attributes:
         chat_url: where litellm sends chats, without the query, which may contain a key.
 
     Raises:
-        ServerError: litellm cannot send requests to the provider, for lack of a key, say.
+        ServerError: litellm cannot send requests to the provider (the key is missing, say).
     """
 
     def __init__(self, provider: Provider) -> None:
@@ -44,7 +44,7 @@ class ProviderRequests:
         return self._insist(lambda: self.once(method, url, field, **request))
 
     def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """As `ask`, without retries. Raises IncompleteReply if it is unknown whether the request arrived."""
+        """Like `ask`, without retries. Raises IncompleteReply if it is unknown whether the request arrived."""
         with self._reply(method, url, **request) as response:
             data = response.read()
         try:
@@ -54,7 +54,7 @@ class ProviderRequests:
         if not isinstance(reply, dict) or (field and field not in reply):
             text = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
             wanted = f"object with {field}" if field else "object"
-            raise IncompleteReply(f"{_without_query(url)} sent no {wanted} but {text!r}")
+            raise IncompleteReply(f"{_without_query(url)} sent no {wanted}: got {text!r}")
         return reply
 
     def upload(self, url: str, name: str, data: bytes) -> str:
@@ -69,15 +69,15 @@ class ProviderRequests:
 
         def attempt() -> str:
             with self._reply("POST", url, headers=start, json={"file": {"display_name": name}}) as response:
-                place = response.headers.get("x-goog-upload-url")
-            if not place:
-                raise ServerError(f"{_without_query(url)} names no place for an upload")
-            if not self._is_of_api(place):  # every request has the key
+                upload_url = response.headers.get("x-goog-upload-url")
+            if not upload_url:
+                raise ServerError(f"{_without_query(url)} sent no upload URL")
+            if not self._is_of_api(upload_url):  # every request has the key
                 raise ServerError(
-                    f"{_without_query(url)} names another host for the upload, {_without_query(place)}: nothing was "
-                    "sent there; use the provider's own address"
+                    f"{_without_query(url)} sent an upload URL on another host, {_without_query(upload_url)}: nothing "
+                    "was sent there; use the provider's own URL"
                 )
-            return self.once("POST", place, "file", headers=finish, content=data)["file"]["name"]
+            return self.once("POST", upload_url, "file", headers=finish, content=data)["file"]["name"]
 
         return self._insist(attempt)
 
@@ -118,12 +118,12 @@ class ProviderRequests:
                     raise self._refusal(url, response)
                 yield response
         except httpx.TransportError as error:
-            raise IncompleteReply(f"{_without_query(url)} said nothing: {type(error).__name__}: {error}") from None
+            raise IncompleteReply(f"{_without_query(url)} did not answer: {type(error).__name__}: {error}") from None
 
     def _refusal(self, url: str, response: httpx.Response) -> Exception:
         status = response.status_code
         refusal = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
-        message = f"{_without_query(url)} said {status}: {refusal}"
+        message = f"{_without_query(url)} returned {status}: {refusal}"
         if is_busy(status):
             return IncompleteReply(message, status, pause_in(response.headers, response.text))
         return ServerError(message, status)

@@ -41,7 +41,7 @@ _PLACEHOLDER |= {"temperature": None, "top_p": None, "seed": None}
 
 
 class _CaughtRequest(BaseException):
-    """Carries a caught request. Not an Exception, which litellm would turn into one of its own errors."""
+    """Carries a caught request. Not an Exception: litellm would turn that into one of its own errors."""
 
     def __init__(self, request: httpx.Request) -> None:
         self.request = request
@@ -54,12 +54,12 @@ class Provider(RequestSettings):
     Args:
         provider: as litellm names it: anthropic, gemini, bedrock, ...
         name: the model, as the provider names it.
-        url: the URL of another host than the provider's.
+        url: the URL of a host other than the provider's.
         timeout, retries, temperature, top_p, seed: see `RequestSettings`.
 
     Raises:
         ImportError: litellm is not installed.
-        ValueError: an unknown provider.
+        ValueError: the provider is unknown.
     """
 
     provider: str
@@ -78,7 +78,7 @@ class Provider(RequestSettings):
         return f"{self.provider}/{self.name}"
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The reply in the format of a chat completion. `path` is always that of chats. Raises ServerError."""
+        """The reply in the format of a chat completion. `path` is ignored (all are chats). Raises ServerError."""
         return call_with_retries(self.retried, self.retries, lambda: self._once(body))
 
     def request(self, body: Mapping[str, Any] = _PLACEHOLDER) -> httpx.Request:
@@ -93,7 +93,7 @@ class Provider(RequestSettings):
             return caught.request
         except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
-        raise ServerError(f"litellm sends the requests of {self.provider} in a way that cannot be followed")
+        raise ServerError(f"cannot catch the requests that litellm sends to {self.provider}")
 
     def read(self, reply: Any) -> dict[str, Any]:
         """Convert a reply in the provider's own format to what `ask` returns. Raises ServerError if it is not one."""
@@ -111,36 +111,36 @@ class Provider(RequestSettings):
         import openai
 
         litellm, parameter_filter = _litellm(), self.connection.parameter_filter
-        how = self._options() | ({"client": _client(answer)} if answer else {})
+        options = self._options() | ({"client": _client(answer)} if answer else {})
         while True:
             sent = self.full_body(body)
             try:
-                return litellm.completion(model=self.model, **how, **sent).model_dump()
+                return litellm.completion(model=self.model, **options, **sent).model_dump()
             except openai.APIError as error:  # litellm's errors are subclasses
                 status = getattr(error, "status_code", None)
                 refusal = self.hide(str(error))[:SHOWN]
                 if status in INVALID and parameter_filter.learn(refusal, sent):
                     continue
-                message = f"{self.model} said {status or 'nothing'}: {refusal}"
+                message = f"{self.model} {f'returned {status}' if status else 'did not answer'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
                     headers = getattr(error, "litellm_response_headers", None)
                     raise IncompleteReply(message, status, pause_in(headers or {}, str(error))) from None
                 raise ServerError(message, status) from None
 
     def _options(self) -> dict[str, Any]:
-        # No retries by litellm: they come without a pause.
-        how: dict[str, Any] = {"timeout": self.timeout, "num_retries": 0, "max_retries": 0}
-        how |= {"api_base": self.url} if self.url else {}
+        # No retries by litellm: it does not pause before them.
+        options: dict[str, Any] = {"timeout": self.timeout, "num_retries": 0, "max_retries": 0}
+        options |= {"api_base": self.url} if self.url else {}
         own = os.environ.get(_OWN_KEY, "").strip()
-        return how | ({"api_key": own} if own else {})
+        return options | ({"api_key": own} if own else {})
 
     def hide(self, text: str) -> str:
-        """The text with any key masked that the provider may have been sent."""
+        """The text with every key masked that may have been sent to the provider."""
         return hide(text, _keys())
 
 
 def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
-    """A client for litellm whose requests are answered by `answer`."""
+    """A client for litellm; `answer` answers its requests."""
     import httpx
     from litellm.llms.custom_httpx.http_handler import HTTPHandler
 
@@ -148,7 +148,7 @@ def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
 
 
 def _litellm() -> Any:
-    # Without this, its import downloads a table of prices.
+    # Without this, importing litellm downloads a table of prices.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     litellm: Any = import_optional("litellm", "providers with an API of their own", "'rbfast[teachers]'")
     litellm.suppress_debug_info = True  # it would print to stdout
@@ -158,7 +158,7 @@ def _litellm() -> Any:
 
 
 def _keys() -> list[str]:
-    """Every key that a provider may have been sent."""
+    """Every key that may have been sent to a provider."""
     secrets = (value.strip() for name, value in os.environ.items() if _NAME_OF_KEY.search(name))
     return [key for key in secrets if len(key) >= 8]
 

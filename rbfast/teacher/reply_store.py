@@ -1,4 +1,4 @@
-"""Store a teacher's replies: each is written to disk and paid for as soon as it arrives."""
+"""Store a teacher's replies: each is written to disk and charged to the budget as soon as it arrives."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 
 @dataclass(frozen=True)
 class _LogprobsOnDisk:
-    """The log-probs of a reply, read whenever they are iterated: in memory they take megabytes."""
+    """The log-probs of a reply, read from disk on each iteration: in memory they would take megabytes."""
 
     journal: Journal
     offset: int
@@ -29,10 +29,12 @@ class _LogprobsOnDisk:
 
 
 class ReplyStore:
-    """The replies in a file, charged to `budget`. Stored replies to `jobs` show by how much the teacher exceeds limits.
+    """The replies in a file, charged to `budget`.
+
+    From the stored replies to `jobs`, the budget learns by how much replies exceed their limits.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file contains something else.
     """
 
     def __init__(self, path: Path, budget: Budget, jobs: Sequence[Job]) -> None:
@@ -42,7 +44,7 @@ class ReplyStore:
         self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
         for where, offset, record in self._journal.read_with_offsets():
-            check_shape(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
+            check_shape(record, _REPLY, f"{where}: expected a teacher's reply; choose another folder")
             self._keep(record, offset)
         for job in jobs:
             if (record := self._replies.get(job.key)) is not None:
@@ -62,19 +64,19 @@ class ReplyStore:
         return key in self._replies
 
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
-        """Store and pay a reply. `worst`: the tokens that its request allowed, if known."""
+        """Store a reply and charge it to the budget. `worst`: the tokens that its request allowed, if known."""
         self._keep(record, self._journal.append([record]))
         if worst is not None:
             self.budget.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking"):
             self._warn(
-                "the teacher counts tokens of thinking, but sends none: traces hold only what it writes after; servers "
-                "that send it on request take it from --extra-body"
+                "the teacher counts thinking tokens but sends no thinking: traces contain only the text after it. If "
+                "the server sends thinking on request, request it with --extra-body"
             )
         if is_cut(record["finish_reason"]):
             self._warn(
-                "a reply was cut at the limit of tokens: it is paid for and no trace. If many are, stop and raise "
-                "max_tokens (--max-tokens): whole replies are not asked again"
+                "a reply was cut at the token limit: it is paid for but gives no trace. If many are, stop and raise "
+                "max_tokens (--max-tokens): complete replies are not requested again"
             )
 
     def _keep(self, record: dict[str, Any], offset: int) -> None:

@@ -14,7 +14,7 @@ _RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
 
 
 class ServerBatches:
-    """A `BatchAPI`. Its ticket names the file, by which the batch is found."""
+    """A `BatchAPI`. Its ticket is the id of the uploaded file, by which the batch is found."""
 
     most_requests, most_bytes = 50_000, 190_000_000
 

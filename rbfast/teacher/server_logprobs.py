@@ -1,9 +1,9 @@
-"""Log-probs from a served teacher: for existing traces, if it can score prompts, or from the replies it wrote.
+"""Log-probs from a served teacher: for existing traces, if it can score prompts, or from its own replies.
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
     refused = add_server_logprobs(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
-    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # that came with the reply
+    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # those in the reply
 ```
 """
 
@@ -33,7 +33,7 @@ Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
 _Row = tuple[int, list[int], list[float]]  # row of the example, ids, log-probs
 _Result = tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError
-_REFUSED = (400, 413, 422)  # the request, not the next one
+_REFUSED = (400, 413, 422)  # a refusal with these statuses concerns only this trace
 
 
 def add_server_logprobs(
@@ -62,8 +62,8 @@ def add_server_logprobs(
 
     Raises:
         TokenizersDiffer: the server's tokens differ from the student's and `align` is False.
-        ServerError: no answer after all retries, one without log-probs, or a refusal of all the first traces if none
-            was scored in an earlier call either.
+        ServerError: no answer after all retries, an answer without log-probs, or a refusal while neither this call
+            nor an earlier one has scored a trace.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
@@ -125,7 +125,7 @@ def _score_all(
                     done += 1
                     if progress:
                         progress(done, len(jobs))
-            finally:  # after an error or Ctrl-C too: nothing more is sent, and what was paid for is kept
+            finally:  # after an error or Ctrl-C too: send nothing more, and keep the replies that are paid for
                 for (number, job), result in _finished(batch, futures):
                     reason = _add_result(store, job.example, result)
                     if reason is None:
@@ -142,7 +142,7 @@ def _score_all(
 def _finished(
     jobs: Sequence[tuple[int, _Job]], futures: Sequence[Future[_Result]]
 ) -> Iterator[tuple[tuple[int, _Job], _Result]]:
-    """The results that are there after those under way have come, in order; cancels the others."""
+    """Cancel the requests that have not started, wait for the others, and yield their results in order."""
     wait([future for future in futures if not future.cancel()])
     for job, future in zip(jobs, futures, strict=True):
         if not future.cancelled() and future.exception() is None:
@@ -150,8 +150,8 @@ def _finished(
 
 
 def _add_result(store: SignalStore, example: Example, result: _Result) -> str | ServerError | None:
-    """Add the log-probs of an example. Returns why there are none, else None. Logits count as a refusal of the example:
-    the server may send them for every one."""
+    """Add the log-probs of an example. Returns None, or why there are none. Logits count as a refusal of the example: the
+    server may send them for every one."""
     if not isinstance(result, tuple):
         return result
     reason = try_to_add(store, example, *result)
@@ -173,8 +173,8 @@ class _Reader:
         self.ids = ids_by_bytes(self.tokens)
 
     def read(self, task: PendingTrace) -> _Result:
-        """(rows, ids, logprobs) for `SignalStore.add`; or why there are none, as text or, if the server refuses the
-        trace (it may be too long), as a ServerError."""
+        """(rows, ids, logprobs) for `SignalStore.add`, or why there are none: a text, or a ServerError if the server
+        refuses the trace (it may be too long)."""
         if self.dialect == "vllm" and not self.align:
             return self.read_ids(task.example, task.trace.name)
         return self._table(partial(self._by_text, task))
@@ -197,7 +197,7 @@ class _Reader:
             return str(error)
         except (LookupError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.server.url} sends log-probs in another shape than --dialect {self.dialect} has "
+                f"{self.server.url} does not send log-probs in the format of --dialect {self.dialect} "
                 f"({type(error).__name__}: {error}); dialects: {', '.join(DIALECTS)}"
             ) from error
 
@@ -207,7 +207,7 @@ class _Reader:
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
         if len(tops) != len(ids):
-            raise TokenizersDiffer(f"{name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
+            raise TokenizersDiffer(f"{name}: sent {len(ids)} tokens, got log-probs of {len(tops)}")
         rows = []
         for row in np.flatnonzero(example.labels != IGNORE).tolist():
             number, top = ids[row + 1], tops[row + 1]
@@ -219,11 +219,11 @@ class _Reader:
     def _check_same(self, name: str, number: int, theirs: str | None) -> None:
         written = self.tokens[number] if number < len(self.tokens) else None  # a head may have rows without a token
         if theirs is None or not theirs or "\ufffd" in theirs or written is None:
-            return  # part of a character, or a special token: there is no text to compare
+            return  # part of a character, or a special token: no text to compare
         if theirs.strip() != written.decode("utf-8", "replace").strip():  # some servers drop the leading space
             raise TokenizersDiffer(
                 f"{name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
-                "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
+                "tokenizers differ; use align=True (--align) to score only the tokens that both split alike"
             )
 
     def _by_text(self, task: PendingTrace) -> list[_Row]:
@@ -237,8 +237,8 @@ class _Reader:
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
-                f"{task.trace.name}: the server cuts the text into other tokens than the student and shares "
-                f"{len(rows)} of {len(student)}; with align=True (--align) those get theirs"
+                f"{task.trace.name}: the tokenizers differ: the server and the student share {len(rows)} of "
+                f"{len(student)} tokens; use align=True (--align) to score only those"
             )
         return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
 
@@ -249,14 +249,14 @@ class _Reader:
         )
 
     def _plain_prompt(self, task: PendingTrace) -> str:
-        """All that comes before the reply, without the student's chat template."""
+        """All text before the reply, without the student's chat template."""
         trace, earlier = task.trace, [turn["content"] for turn in task.trace.turns or ()]
         texts = [trace.system, *earlier, task.instruction.request(trace.problem)]
         return "".join(f"{text}\n\n" for text in texts if text)
 
     def _pieces(self, text: str) -> list[Piece]:
-        """The server's tokens of `text`. The first has no candidates, and often no text in the reply: its text is what
-        the others leave."""
+        """The server's tokens of `text`. The first has no candidates, and the reply often lacks its text, which is the
+        part of `text` before the other tokens."""
         if self.dialect == "vllm":
             choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
             pieces = list(_vllm_pieces(choice))
@@ -303,7 +303,7 @@ def _echo_pieces(logprobs: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _top_k_table(scored: Sequence[_Row], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token as one more."""
+    """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token beside them."""
     rows = np.array([row for row, _, _ in scored])
     top_ids, logprobs = np.zeros((len(scored), k), dtype=np.int64), np.full((len(scored), k), -np.inf)
     for i, (_, ids, values) in enumerate(scored):
@@ -319,7 +319,7 @@ def add_reply_logprobs(
     store: SignalStore,
     instruction: Instruction | None = None,
 ) -> str | None:
-    """Add the log-probs in a reply of `teach` to `store`, as far as the trace repeats the reply's text.
+    """Add the log-probs in a reply of `teach` to `store`, up to where the trace's text departs from the reply's.
 
     Returns:
         Why there is nothing to add, else None.
@@ -331,13 +331,13 @@ def add_reply_logprobs(
     pieces = [
         Piece(_to_bytes(token), [(_to_bytes(other), value) for other, value in top]) for token, top in reply["logprobs"]
     ]
-    # The listed tokens may be more than the text: many servers include the thinking and the end of turn.
+    # The reply may list more tokens than its text has: many servers include the thinking and the end of turn.
     listed, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
     reasoning = trace.reasoning.strip().encode()
     start = listed.find(reasoning)
     if start < 0:
         return "the reply has no log-probs of the reasoning"
-    # From here on, trace and reply have the same text, up to the way in which the answer is marked.
+    # From here on, trace and reply have the same text, up to how the answer is marked.
     opening = completion.index(reasoning, len((trace.plan or "").encode()))
     shared = shared_length(listed[start:], completion[opening:])
     theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], listed)]

@@ -5,8 +5,8 @@ server = Server("https://api.example.com/v1", "their-model", temperature=0.7)   
 taught = teach(server, read_questions("problems.jsonl"), "taught/", samples=2, max_cost=5.0, prices=Prices(3, 15))
 ```
 
-Every reply is written to `replies.jsonl` as it arrives; at the end come `traces.jsonl`, `failed.jsonl` (replies that
-are not traces, and why) and `teach.json` (counts, tokens, cost). The same call resumes from the stored replies.
+Every reply is written to `replies.jsonl` as it arrives. At the end, `traces.jsonl`, `failed.jsonl` (replies that are
+not traces, and why) and `teach.json` (counts, tokens, cost) are written. The same call resumes from the stored replies.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OURS = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "strea
 
 @dataclass(frozen=True)
 class Taught:
-    """The result of `teach`. `open` replies were not requested or did not come; the same call requests them again."""
+    """The result of `teach`. `open` replies were not requested or did not arrive; the same call requests them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
@@ -137,18 +137,19 @@ def teach(
         max_tokens: the limit of one reply.
         top_logprobs: candidates to request at each token, 0 for none; stored in `replies.jsonl`.
         concurrency: the most concurrent requests.
-        max_cost, max_total_tokens: the budget. No request is sent that could exceed it, however long the reply; replies
-            of earlier calls in this folder count.
-        batch: use the batch API of the server or provider, at its lower prices (`prices` must be those), within a day.
+        max_cost, max_total_tokens: the budget. No request is sent that could exceed it, even with the longest reply;
+            replies of earlier calls in this folder count.
+        batch: use the batch API of the server or provider: replies come within a day, at its lower prices, which
+            `prices` must give.
         extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
-        progress: called with (replies there, replies wanted, a text about cost and retries) at every reply and several
+        progress: called with (replies stored, replies wanted, a text about cost and retries) at every reply and several
             times a second.
 
     Raises:
-        ValueError: an option out of range, or a folder whose replies cannot be read or in which another process works.
+        ValueError: an option is out of range, or the folder's replies cannot be read, or another process uses it.
         ServerError: the server refuses every request (a wrong key or model), or has failed several times in a row. The
             replies so far are kept.
-        KeyboardInterrupt: after Ctrl-C, once the pending replies are there, or at a second Ctrl-C.
+        KeyboardInterrupt: after Ctrl-C, once the pending replies have arrived, or at a second Ctrl-C.
     """
     _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
     budget = Budget(prices, max_cost, max_total_tokens)
@@ -179,7 +180,7 @@ def _teach(
             progress(len(store), wanted, ", ".join(filter(None, [state, store.budget.describe()])) + _retries(server))
 
     if not batch and (out / BATCH).exists():
-        raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
+        raise ValueError(f"{out / BATCH}: a batch is under way; use batch=True (--batch), or choose another folder")
     try:
         if batch:
             reason = ask_in_batches(server, jobs, store, out, report)
@@ -187,7 +188,7 @@ def _teach(
         else:
             reason = ask_all(todo, store, concurrency, report)
     except (ServerError, KeyboardInterrupt) as error:
-        if len(store):  # they are paid for, and the next call may fail too
+        if len(store):  # the replies are paid for, and the next call may fail too
             _collect(jobs, store, str(error) or "interrupted", out, server.model)
         raise
     return _collect(jobs, store, reason, out, server.model)
@@ -198,7 +199,7 @@ def _check(counts: Mapping[str, int], extra: Mapping[str, Any]) -> None:
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if taken := sorted(_OURS & extra.keys()):
-        raise ValueError(f"the extra body cannot set {', '.join(taken)}: it has an option or argument of its own")
+        raise ValueError(f"the extra body cannot set {', '.join(taken)}: leave it out, rbfast sets it")
 
 
 def _retries(server: Teacher) -> str:
@@ -207,7 +208,7 @@ def _retries(server: Teacher) -> str:
 
 
 def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Path, teacher: str) -> Taught:
-    """Writes traces, failures and the summary."""
+    """Write traces, failures and the summary."""
     traces: list[Trace] = []
     used: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -234,7 +235,7 @@ def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: in
     """The trace in a reply: its plan if it marks one, the thinking or the worked steps, the answer.
 
     Raises:
-        TraceError: it was cut, filtered or refused, states no answer, or has nothing before it.
+        TraceError: the reply was cut, filtered or refused, marks no answer, or has nothing before the answer.
     """
     if fault := fault_of_finish(reply["finish_reason"]) or reply.get("fault"):
         raise TraceError(fault)

@@ -108,7 +108,7 @@ def test_busy_servers_are_asked_again(start, status):
 def test_refusals_are_not_repeated(start):
     state, server = start("</think>|4")
     state.faults = [401]
-    with pytest.raises(ServerError, match=r"said 401: .*not now"):
+    with pytest.raises(ServerError, match=r"returned 401: .*not now"):
         write(server, PROMPT, guide())
     assert len(state.requests) == 1
 
@@ -162,7 +162,7 @@ def test_a_refusal_says_why(monkeypatch):
 
 def test_nobody_there():
     server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1)
-    with pytest.raises(ServerError, match="said nothing: ConnectError"):
+    with pytest.raises(ServerError, match="did not answer: ConnectError"):
         write(server, PROMPT, guide())
     with pytest.raises(ValueError, match="url must look like"):
         Server("localhost:8000", "m")

@@ -125,7 +125,7 @@ def test_a_decided_vote_does_not_ask_again(start):
 def test_a_sample_that_fails_loses_none_of_the_others(start):
     state, server = start(says(4), says(5), retries=0)
     state.faults = [None, 401]
-    with pytest.raises(ServerError, match="said 401") as caught:
+    with pytest.raises(ServerError, match="returned 401") as caught:
         samples_of(server, plain(), samples=5, concurrency=1)
     assert caught.value.status == 401 and caught.value.partial[0].answer == "4</answer>"
 
@@ -170,7 +170,7 @@ def test_samples_vote_from_the_command_line(start, capsys):
     state.faults, state.told = [None, 401], Counter()
     assert main(common) == 1
     printed = capsys.readouterr()
-    assert "said 401" in printed.err and json.loads(printed.out)["solutions"][0]["answer"] == "4"
+    assert "returned 401" in printed.err and json.loads(printed.out)["solutions"][0]["answer"] == "4"
 
 
 @pytest.mark.parametrize("written", ["New Delhi", "B", r"\frac{1}{2}"])

@@ -94,7 +94,7 @@ def test_a_cut_run_asks_for_nothing_twice_and_resumes_bitwise(tmp_path, server, 
 def test_a_server_that_fails_keeps_what_was_written_and_scored(tmp_path, server):
     server.faults = [None] * 3 + [500] * 4
     one_by_one = ServedTeacher(server.client(), k=4, concurrency=1)
-    with pytest.raises(ServerError, match="said 500"):
+    with pytest.raises(ServerError, match="returned 500"):
         run(tmp_path, teacher=one_by_one)
     assert len((tmp_path / "samples/round-001.jsonl").read_text().splitlines()) == 4
     kept = len(SignalStore.open(tmp_path / "samples/signals"))

@@ -312,7 +312,7 @@ def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch, odd):
         monkeypatch.setattr(os, "environ", os.environ | {"RBFAST_API_KEY": odd})
     else:
         monkeypatch.setenv("RBFAST_API_KEY", odd)
-    with pytest.raises(ValueError, match="RBFAST_API_KEY must hold printable ASCII") as caught:
+    with pytest.raises(ValueError, match="RBFAST_API_KEY must contain only printable ASCII") as caught:
         Server("http://127.0.0.1:9/v1", "m")
     assert KEY[:12] not in str(caught.value)
 

@@ -43,7 +43,7 @@ def test_special_tokens_have_no_bytes(tokenizer):
     assert tokens[tokenizer.convert_tokens_to_ids(END)] is None
     with pytest.raises(ValueError, match="special or unknown"):
         byte_spans([b"a", None], b"a")
-    with pytest.raises(ValueError, match="spell another text: b'b' for b'c'"):
+    with pytest.raises(ValueError, match="the tokens spell b'b', the text is b'c'"):
         byte_spans([b"a", b"b"], b"ac")
 
 

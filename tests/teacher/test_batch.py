@@ -100,7 +100,7 @@ def test_the_wait_for_a_batch_ends_after_ten_minutes_without_an_answer(tmp_path,
     monkeypatch.setattr("rbfast.teacher.batch_api.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with answering(Batches(solved)) as api:
         failing_polls(api, status, 10**6)
-        with pytest.raises(ServerError, match=f"said {status}"):
+        with pytest.raises(ServerError, match=f"returned {status}"):
             in_batches(api, tmp_path)
     assert least <= now[0] < most and (tmp_path / "batch.json").exists()
 
@@ -124,7 +124,7 @@ def test_a_killed_call_goes_on_with_its_batch(tmp_path, monkeypatch, moment):
             return found
 
         api.answer = dying
-        with pytest.raises(ServerError, match="said 499"):
+        with pytest.raises(ServerError, match="returned 499"):
             in_batches(api, tmp_path)
         assert len(in_batches(api, tmp_path).traces) == 4
         assert len(created(api)) == 1 and len(batches.batches) == 1
@@ -159,7 +159,7 @@ def test_replies_to_questions_of_an_earlier_call_are_kept(tmp_path):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(time, "sleep", raiser(Killed))
             in_batches(api, tmp_path, QUESTIONS[:3])
-        with pytest.raises(ValueError, match="names a batch under way"):
+        with pytest.raises(ValueError, match="a batch is under way"):
             teach(api.client(), QUESTIONS[:3], tmp_path)
         assert len(in_batches(api, tmp_path, QUESTIONS[3:5]).traces) == 2
         assert len(in_batches(api, tmp_path, QUESTIONS[:5]).traces) == 5 and len(created(api)) == 2
@@ -174,7 +174,7 @@ def test_whole_replies_of_a_batch_count_under_another_limit_of_tokens(tmp_path):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(time, "sleep", raiser(Killed))
             in_batches(api, tmp_path, max_tokens=100)
-        with pytest.warns(UserWarning, match="cut at the limit"):
+        with pytest.warns(UserWarning, match="cut at the token limit"):
             assert len(in_batches(api, tmp_path, max_tokens=200).traces) == 4
         files = [request.data for request in api.requests if request.path == "/v1/files"]
         assert [data.count(b'"custom_id"') for data in files] == [4, 1], "only the reply that was cut is asked again"
@@ -208,7 +208,7 @@ def test_a_request_that_fails_stays_open_with_the_reason(tmp_path):
 
     with answering(Batches(reply)) as api:
         taught = in_batches(api, tmp_path)
-        assert (len(taught.traces), taught.open) == (3, 1) and "said 400 in a batch" in taught.reason
+        assert (len(taught.traces), taught.open) == (3, 1) and "returned 400 in a batch" in taught.reason
         assert "too long" in taught.reason and len(created(api)) == 1
 
 
@@ -226,7 +226,7 @@ def test_a_batch_that_ends_badly_leaves_the_rest_open(tmp_path, status):
 
 def test_a_server_without_batches_is_named(tmp_path):
     absent = Answer({"error": {"message": "no such path"}}, 404)
-    with answering(absent) as api, pytest.raises(ServerError, match=r"/files said 404: .*no such path"):
+    with answering(absent) as api, pytest.raises(ServerError, match=r"/files returned 404: .*no such path"):
         in_batches(api, tmp_path)
 
 

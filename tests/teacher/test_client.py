@@ -39,7 +39,7 @@ def test_a_busy_server_is_asked_again(status, pauses):
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 422])
 def test_a_refusal_is_final_and_says_why(status, pauses):
     with answering(Answer({"error": {"message": "no such thing"}}, status), GOOD) as api:
-        with pytest.raises(ServerError, match=f"said {status}: .*no such thing") as caught:
+        with pytest.raises(ServerError, match=f"returned {status}: .*no such thing") as caught:
             ask(api)
         assert len(api.requests) == 1 and caught.value.status == status and pauses == []
 
@@ -71,7 +71,7 @@ def test_pauses_grow_or_are_those_asked_for_up_to_a_limit(asked_for, expected, p
 
 def test_retries_come_to_an_end(pauses):
     with answering(Answer("still busy", 503)) as api:
-        with pytest.raises(ServerError, match="said 503: still busy"):
+        with pytest.raises(ServerError, match="returned 503: still busy"):
             ask(api, retries=2)
         assert len(api.requests) == 3
 

@@ -274,7 +274,7 @@ def test_at_least_one_trace_is_read_at_a_time(tmp_path):
 def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.faults = [status] * 99
-        with pytest.raises(ServerError, match=f"said {status}"):
+        with pytest.raises(ServerError, match=f"returned {status}"):
             add_server_logprobs(server.client(), TRACES * 9, TOKENIZER, store, concurrency=1)
         assert len(server.requests) < 9 and len(store) == 0
 
@@ -326,7 +326,7 @@ def test_log_probs_of_an_unknown_shape_are_named(tmp_path, dialect):
     pairs, as_of_chats = [[5, -0.1]] * len(encode(TRACES[1], TOKENIZER).input_ids), {"content": [{"token": "1"}]}
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"prompt_logprobs": pairs, "logprobs": as_of_chats}]}
-        with pytest.raises(ServerError, match=f"another shape than --dialect {dialect}"):
+        with pytest.raises(ServerError, match=f"not send log-probs in the format of --dialect {dialect}"):
             add_server_logprobs(server.client(), TRACES[1:2], TOKENIZER, store, dialect=dialect)
 
 

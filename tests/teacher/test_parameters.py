@@ -43,7 +43,7 @@ REFUSALS = [
 @pytest.mark.parametrize("name", ["temperature", "seed"])
 def test_a_refused_parameter_is_left_out_and_said(name, message, status):
     with answering(refusing(name, message=message, status=status)) as api:
-        with pytest.warns(UserWarning, match=f"refuses {name}: requests go without it") as said:
+        with pytest.warns(UserWarning, match=f"refuses {name}: requests are sent without it") as said:
             assert ask(api) == GOOD
         first, second = api.bodies
         assert first.pop(name) is not None and first == second and len(said) == 1

@@ -114,7 +114,7 @@ def test_a_killed_call_goes_on_with_its_batch(tmp_path, kind, moment):
     api_of = kind(solved)
     with answering(api_of) as api:
         once(api, moment, Answer("killed", 499))
-        with pytest.raises(ServerError, match="said 499"):
+        with pytest.raises(ServerError, match="returned 499"):
             ask(api, tmp_path)
         assert len(ask(api, tmp_path).traces) == 4
         assert len(made(api)) == len(api_of.batches) == 1
@@ -125,7 +125,7 @@ def test_a_batch_that_was_never_made_is_forgotten(tmp_path, kind):
     with answering(kind(solved)) as api:
         answer = api.answer
         api.answer = lambda request: Answer("killed", 499) if request.path == kind.making[1] else answer(request)
-        with pytest.raises(ServerError, match="said 499"):
+        with pytest.raises(ServerError, match="returned 499"):
             ask(api, tmp_path)
         api.answer = answer
         assert json.loads((tmp_path / "batch.json").read_text())["batch"] == ""
@@ -203,7 +203,7 @@ def test_a_request_that_fails_stays_open_with_the_reason(tmp_path, kind):
     with answering(kind(reply)) as api:
         taught = ask(api, tmp_path)
         assert (len(taught.traces), taught.open, len(made(api))) == (3, 1, 1)
-        assert "said 400 in a batch" in taught.reason and "prompt is too long" in taught.reason
+        assert "returned 400 in a batch" in taught.reason and "prompt is too long" in taught.reason
 
 
 @pytest.mark.parametrize("end", ["expired", "canceled"])
@@ -236,7 +236,7 @@ def test_results_without_a_question_are_said_and_not_asked_again_at_once(tmp_pat
     with answering(api_of) as api:
         taught = ask(api, tmp_path)
         assert (len(taught.traces), taught.open, len(made(api))) == (3, 1, 1)
-        assert "msgbatch_0" in taught.reason and "holds no reply to it" in taught.reason
+        assert "msgbatch_0" in taught.reason and "has no reply to this request" in taught.reason
 
 
 def test_a_batch_of_another_with_as_many_questions_is_not_taken_for_ours(tmp_path):
@@ -246,7 +246,7 @@ def test_a_batch_of_another_with_as_many_questions_is_not_taken_for_ours(tmp_pat
         ask(api, tmp_path / "before")
         answer = api.answer
         api.answer = lambda request: Answer("killed", 499) if request.path == Claude.making[1] else answer(request)
-        with pytest.raises(ServerError, match="said 499"):
+        with pytest.raises(ServerError, match="returned 499"):
             ask(api, tmp_path / "ours", QUESTIONS[4:8])
         api.answer = answer
         ticket = json.loads((tmp_path / "ours" / "batch.json").read_text())["ticket"]
@@ -272,7 +272,7 @@ def test_the_key_is_in_no_file_log_or_message(tmp_path, kind, caplog, capfd):
     with answering(kind(reply)) as api:
         taught = ask(api, tmp_path)
         once(api, kind.moments[0], Answer(f"no such key: {KEY}", 403))
-        with pytest.raises(ServerError, match="said 403") as caught:
+        with pytest.raises(ServerError, match="returned 403") as caught:
             ask(api, tmp_path)
     said = capfd.readouterr()
     files = [path.read_text() for path in tmp_path.iterdir()]
@@ -286,7 +286,7 @@ def test_the_key_goes_to_no_other_host(tmp_path, place):
     with answering(Gemini(solved)) as api:
         other = place.format(port=api.host.rpartition(":")[2])
         once(api, "POST /upload/", Answer({}, headers={"X-Goog-Upload-Url": other}))
-        with pytest.raises(ServerError, match=r"/upload/v1beta/files names another host for the upload, http"):
+        with pytest.raises(ServerError, match=r"/upload/v1beta/files sent an upload URL on another host, http"):
             ask(api, tmp_path)
         assert not any(request.path == "/" for request in api.requests)
         assert len(ask(api, tmp_path).traces) == 4
@@ -294,7 +294,7 @@ def test_the_key_goes_to_no_other_host(tmp_path, place):
 
 def test_a_wrong_key_ends_it_before_a_batch_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "another-key-than-theirs")
-    with answering(Claude(solved)) as api, pytest.raises(ServerError, match=r"said 401: .*who is it"):
+    with answering(Claude(solved)) as api, pytest.raises(ServerError, match=r"returned 401: .*who is it"):
         ask(api, tmp_path)
     assert not (tmp_path / "batch.json").exists()
 
@@ -304,7 +304,7 @@ def test_a_provider_without_batches_is_an_error_that_names_those_with(tmp_path, 
     command = ["teach", "m", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--provider", "mistral"]
     assert main([*command, "--batch"]) == 2
     said = capsys.readouterr().err
-    assert "no batches for the provider 'mistral'" in said and "anthropic or gemini, or a server" in said
+    assert "no batch API for the provider 'mistral'" in said and "anthropic or gemini, or a server" in said
 
 
 @EACH

@@ -109,7 +109,7 @@ def test_a_busy_provider_is_asked_again_after_the_pause_it_wants(tmp_path, monke
 def test_a_wrong_key_ends_it_at_once_and_is_not_shown(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     with answering(Answer(refusal("authentication_error", f"invalid x-api-key {KEY}"), 401)) as api:
-        with pytest.raises(ServerError, match="said 401") as caught:
+        with pytest.raises(ServerError, match="returned 401") as caught:
             teach(provider("anthropic", "claude-sonnet-4-5", api), [QUESTION] * 3, tmp_path, concurrency=1)
         assert len(api.requests) == 1
     said = capfd.readouterr()

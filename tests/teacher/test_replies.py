@@ -69,9 +69,9 @@ def test_thinking_that_is_never_closed_is_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("reason", "said"),
     [
-        ("length", "cut at the limit of tokens; raise max_tokens"),
-        ("max_tokens", "cut at the limit of tokens"),
-        ("MAX_TOKENS", "cut at the limit of tokens"),
+        ("length", "cut at the token limit; raise max_tokens"),
+        ("max_tokens", "cut at the token limit"),
+        ("MAX_TOKENS", "cut at the token limit"),
         ("model_length", "the model's own limit"),
         ("content_filter", "finish_reason 'content_filter'"),
         ("error", "finish_reason 'error'"),
@@ -117,7 +117,7 @@ def reasoned(tokens):
     return {"completion_tokens_details": {"reasoning_tokens": tokens}}
 
 
-@pytest.mark.filterwarnings("ignore:the teacher counts tokens of thinking")
+@pytest.mark.filterwarnings("ignore:the teacher counts thinking tokens")
 @pytest.mark.parametrize(
     ("usage", "read", "written"),
     [
@@ -158,7 +158,7 @@ def test_a_server_that_takes_more_than_it_was_allowed_does_not_pass_the_limit(tm
 def test_thinking_that_is_counted_and_not_sent_is_said_once(tmp_path):
     usage = {"prompt_tokens": 10, "completion_tokens": 80, **reasoned(60)}
     questions = [Question(f"What is {n} + 2?") for n in range(3)]
-    with pytest.warns(UserWarning, match="counts tokens of thinking, but sends none") as said:
+    with pytest.warns(UserWarning, match="counts thinking tokens but sends no thinking") as said:
         taught_by(tmp_path / "hidden", chat_reply(f"So.\n{ANSWER}", usage=usage), questions=questions)
     assert len(said) == 1
     with warnings.catch_warnings():

@@ -141,7 +141,7 @@ def test_after_ctrl_c_the_replies_under_way_are_kept_and_no_more_are_asked(serve
 
     with pytest.raises(KeyboardInterrupt):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=3, progress=progress)
-    assert capsys.readouterr().err == "waiting for replies under way: 3; Ctrl-C again leaves them\n"
+    assert capsys.readouterr().err == "waiting for pending replies: 3; press Ctrl-C again to drop them\n"
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == len(server.requests) == 3
     assert len(teach(server.client(), QUESTIONS, tmp_path).traces) == len(server.requests) == 12
 
@@ -206,7 +206,7 @@ def test_after_ctrl_c_nothing_is_asked_again(server, tmp_path, monkeypatch, caps
 def test_a_question_that_is_refused_stays_open(server, tmp_path):
     server.faults = [None, 400]
     taught = teach(server.client(), QUESTIONS[:4], tmp_path, concurrency=1)
-    assert (len(taught.traces), taught.open) == (3, 1) and "said 400" in taught.reason
+    assert (len(taught.traces), taught.open) == (3, 1) and "returned 400" in taught.reason
     assert teach(server.client(), QUESTIONS[:4], tmp_path).open == 0
     assert len(server.requests) == 5
 
@@ -236,7 +236,7 @@ def test_questions_that_an_earlier_call_left_do_not_keep_it_from_the_others(tmp_
 
 def test_eight_refusals_in_a_row_end_it(server, tmp_path):
     server.faults = [400] * 7 + [None] + [400] * 8
-    with pytest.raises(ServerError, match="said 400"):
+    with pytest.raises(ServerError, match="returned 400"):
         teach(server.client(), QUESTIONS, tmp_path, samples=2, concurrency=1)
     assert len(server.requests) == 16
 
@@ -244,7 +244,7 @@ def test_eight_refusals_in_a_row_end_it(server, tmp_path):
 def test_a_wrong_key_ends_it_at_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     server.faults = [None, 401]
-    with pytest.raises(ServerError, match="said 401"):
+    with pytest.raises(ServerError, match="returned 401"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
     assert len(server.requests) == 2
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
@@ -255,7 +255,7 @@ def test_a_server_that_restarts_goes_on(server, tmp_path):
     client = server.client(retries=0)
     teach(client, QUESTIONS[:3], tmp_path)
     server.stop()
-    with pytest.raises(ServerError, match="said nothing"):
+    with pytest.raises(ServerError, match="did not answer"):
         teach(client, QUESTIONS, tmp_path)
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 3
     server.start()
@@ -320,7 +320,7 @@ def test_what_is_no_trace_is_listed_with_the_reason(server, tmp_path):
     [failed] = map(json.loads, (tmp_path / "failed.jsonl").read_text().splitlines())
     assert failed["problem"] == "What is 1 + 1?" and "no answer" in failed["reason"]
     cut = teach(server.client(), QUESTIONS[:3], tmp_path / "short", max_tokens=5)
-    assert cut.failed == 3 and "cut at the limit" in (tmp_path / "short" / "failed.jsonl").read_text()
+    assert cut.failed == 3 and "cut at the token limit" in (tmp_path / "short" / "failed.jsonl").read_text()
 
 
 def test_known_answers_verify_the_teacher(server, tmp_path):
@@ -357,7 +357,7 @@ def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(serv
     assert main([*asked, "--max-tokens", "5"]) == 0
     said = capsys.readouterr().out
     failed = tmp_path / "short" / "failed.jsonl"
-    assert f"listed, with reasons, in {failed}; the first: the reply was cut at the limit of tokens" in said
+    assert f"listed, with reasons, in {failed}; the first: the reply was cut at the token limit" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():
@@ -382,7 +382,7 @@ def test_thinking_is_the_reasoning_where_a_teacher_thinks():
     [
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"max_cost": 1.0}, "max_cost needs the prices"),
+        ({"max_cost": 1.0}, "max_cost needs prices per million tokens"),
         ({"max_cost": float("nan")}, "max_cost must be at least 0, got nan"),
         ({"max_total_tokens": -1}, "max_total_tokens must be at least 0, got -1"),
     ],
@@ -473,11 +473,11 @@ def test_a_cut_reply_is_said_at_once(tmp_path):
 @pytest.mark.parametrize("status", [401, 402])
 def test_what_was_paid_for_is_written_when_the_teacher_refuses_the_rest(server, tmp_path, status):
     server.faults = [None, None, status]
-    with pytest.raises(ServerError, match=f"said {status}"):
+    with pytest.raises(ServerError, match=f"returned {status}"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
     assert len(read_traces(tmp_path / "traces.jsonl")) == 2
     summary = json.loads((tmp_path / "teach.json").read_text())
-    assert summary["open"] == 10 and f"said {status}" in summary["reason"]
+    assert summary["open"] == 10 and f"returned {status}" in summary["reason"]
 
 
 def test_what_was_paid_for_is_written_after_ctrl_c(server, tmp_path, ctrl_c):
@@ -516,7 +516,7 @@ def test_a_teacher_that_is_busy_for_minutes_is_waited_for(server, tmp_path, hour
 
 def test_a_teacher_that_stays_busy_is_given_up(server, tmp_path, hours):
     server.faults = [None] + [503] * 9999
-    with pytest.raises(ServerError, match="said 503"):
+    with pytest.raises(ServerError, match="returned 503"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=2)
     assert 600 < hours[0] < 1200 and len(read_traces(tmp_path / "traces.jsonl")) == 1
 

@@ -227,7 +227,7 @@ def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
         assert len(SignalStore.open(out / "signals")) == 2
         server.faults = [401]
         ask[ask.index(str(out))] = str(tmp_path / "again")
-        assert main(ask) == 1 and "said 401" in capsys.readouterr().err
+        assert main(ask) == 1 and "returned 401" in capsys.readouterr().err
         ask[ask.index(str(tmp_path / "again"))] = str(tmp_path / "most")
         assert main([*ask, "--student", str(folders / "student")]) == 0
         assert server.requests[-1]["top_logprobs"] == 20  # as many as servers give
