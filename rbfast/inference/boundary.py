@@ -10,14 +10,14 @@ One pass, a few operations per character; only the last characters are kept.
 import re
 
 _LONGEST_MATH = 1_000  # characters; an opener that is not closed within them does not count
-_TAIL = 32  # characters that the rules below look back at most
+_TAIL = 32  # the most characters that the rules below look back
 
 _BEGIN = re.compile(r"\\begin\{([a-zA-Z]{1,20}\*?)\}\Z")
 _ARGUMENT = re.compile(r"\\[a-zA-Z]+\*?\{\Z")
 _MATH = {"\\(": "\\)", "\\[": "\\]"}
 # "$5 per day" is money, "$5 x$" and "$5 + 3$" are formulas
 _MONEY = re.compile(r"\d[\d,.]*[)]?\s+[A-Za-z]{2}")
-# A digit; a sign that may join it to the next digit; a sign that may open a number; a command name that may continue.
+# A digit, and a sign that may join it to the next; a sign that may begin a number; a command name that may continue.
 _UNFINISHED = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.]|\\(?:[a-zA-Z]+\*?)?)\Z")
 # A full stop after a digit may be a decimal point until white space follows.
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)\Z")
@@ -28,7 +28,7 @@ class Boundary:
     """Tracks which constructs are open at the end of a growing text.
 
     Args:
-        marker: a text that must not be interrupted either (an end-of-thinking marker).
+        marker: another text that must not be interrupted (an end-of-thinking marker).
     """
 
     def __init__(self, marker: str = ""):
@@ -36,7 +36,7 @@ class Boundary:
         self.restart("")
 
     def restart(self, text: str) -> None:
-        """Reset to nothing open, after `text` was inserted."""
+        """Reset after `text` was inserted: no construct is open."""
         self._tail = text[-_TAIL:]
         self._closer = ""
         self._inside = ""  # the first characters after the opener

@@ -1,4 +1,4 @@
-"""The key-value cache of a batch that `generate` extends and that drops rows which have ended."""
+"""The key-value cache of a batch: `generate` extends it, and rows that have ended are dropped from it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ _SHORT, _LONG = 8, 16  # tokens of the two texts whose cache is measured
 class _PreallocatedLayer(DynamicLayer):
     """A cache layer with preallocated room.
 
-    Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
+    `DynamicLayer` copies the whole cache at every token. On a CPU that costs more than the model's matrix products.
     """
 
     keys: torch.Tensor
@@ -52,7 +52,7 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
-    """The model's own kind of cache, with preallocated room if every layer keeps its whole past.
+    """The model's own kind of cache, with preallocated room if every layer keeps all its tokens.
 
     None if a layer is recurrent (Mamba, linear attention): its state cannot drop rows or forget tokens.
     """
@@ -65,7 +65,7 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
 
 
 def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Keeps these rows [kept] of a cache, as `batch_select_indices` does. Its layers may be on several devices."""
+    """Keep these rows [kept] of a cache, like `batch_select_indices`. Its layers may be on several devices."""
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.batch_select_indices(rows if layer.keys is None else rows.to(layer.keys.device))

@@ -1,8 +1,8 @@
 """Complete many prompts through the model's own `generate`.
 
-A batch shrinks while it runs: as soon as half of its rows have finished, `generate` is stopped, the finished rows leave
-the batch and the key-value cache, and decoding continues with the rest. So a row that never stops costs the time of a
-small batch, not of the whole one. `decode` is that loop. A `Steering` decides what happens at each token.
+A batch shrinks while it runs: once half of its rows have finished, `generate` is stopped, the finished rows leave the
+batch and the key-value cache, and decoding continues with the rest. So a row that never stops costs the time of a small
+batch, not of the whole one. `decode` is that loop. A `Steering` decides what happens at each token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rbfast.inference.cache import keep_rows, new_cache
 from rbfast.models.linears import unwrapped
 from rbfast.models.student import evaluation_mode
 
-# The name of the cache in `generate`'s arguments and output, which transformers 5.24 renamed.
+# The name of the cache in `generate`'s arguments and output; transformers 5.24 renamed it.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
@@ -41,7 +41,7 @@ _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion: the text, the number of tokens, whether the limit truncated it."""
+    """A completion: the text, the number of tokens, and whether the limit truncated it."""
 
     text: str
     tokens: int
@@ -60,7 +60,7 @@ def complete(
     """One greedy completion per prompt, in the order of `prompts`.
 
     Prompts contain their own special tokens, as `format_prompt` writes them. Prompts of similar length share a batch,
-    longest first, so that there is little padding and a lack of memory shows at once.
+    so there is little padding. The longest come first, so running out of memory shows at once.
 
     Args:
         progress: called with (prompts done, prompts in all) after each batch.
@@ -101,7 +101,7 @@ def encode_prompts(
     positions."""
     encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     if not all(encoded):
-        raise ValueError(f"every prompt needs a token to go on from, got {prompts[encoded.index([])]!r}")
+        raise ValueError(f"every prompt needs at least one token, got {prompts[encoded.index([])]!r}")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
@@ -120,7 +120,7 @@ def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iter
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and the speed of the base if an adapter is folded into it; restores everything afterwards.
+    """Evaluation mode, at the speed of the base model if an adapter is folded into it; restores everything afterwards.
 
         with evaluating(model), torch.no_grad():
             model(**batch)                              # or model.generate(...)
@@ -133,8 +133,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
-    """Of a prompt the head reads the last token alone, a strided view. On a CPU PyTorch multiplies that by a frozen
-    weight in batches, with a copy of the weight for every row: 3.4 GB for 60 rows of a 135M model."""
+    """Make the head's input contiguous on a CPU. For a prompt it is a strided view of the last tokens, which PyTorch
+    multiplies by a frozen weight in batches, with a copy of the weight per row: 3.4 GB for 60 rows of a 135M model."""
     head = model.get_output_embeddings()
     if head is None or model.device.type != "cpu":
         yield
@@ -147,9 +147,9 @@ def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
 
 
 def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Settings for greedy decoding, whatever the model's generation config says; stops at any of its ends of turn."""
+    """Settings for greedy decoding that override the model's generation config, except that its end tokens stop too."""
     ends = model.generation_config.eos_token_id
-    # The end of turn that the student is trained with need not be in its generation config (of a base model, say).
+    # The generation config (a base model's, say) may lack the end of turn that the student is trained with.
     stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
@@ -161,8 +161,8 @@ class Steering(StoppingCriteria):
     The base class lets the model write freely until an end token. `rbfast.inference.steering` does more.
 
     Attributes:
-        rows: int64 [rows]; the original indices of the rows that are still in the batch.
-        ended: bool [rows]; which of them are done.
+        rows: int64 [rows]; the original indices of the rows still in the batch.
+        ended: bool [rows]; whether each of them is done.
         written: the tokens of every original row, up to its end token.
     """
 
@@ -205,7 +205,7 @@ class Steering(StoppingCriteria):
 class CachedBatch:
     """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all tokens but the last.
 
-    Without a cache the model reads the rows again each time `generate` was stopped.
+    Without a cache, the model reads the rows again each time `generate` has been stopped.
     """
 
     ids: torch.Tensor
@@ -215,7 +215,7 @@ class CachedBatch:
     def given(self) -> dict[str, Any]:
         """Further arguments of `generate`: the cache, and the positions if a token within a row is masked.
 
-        Such a token takes up no position. Without one, `generate` sets the positions itself.
+        A masked token takes up no position. If there is none, `generate` sets the positions itself.
         """
         if self.cache is None:
             return {}
@@ -286,21 +286,21 @@ def _generate(
 
 
 def _without_own_generation_config(model: PreTrainedModel) -> Any:
-    """The model, sharing everything but its generation config, from which `generate` takes what it is not given.
+    """A shallow copy of the model with an empty generation config: `generate` reads unset options from the config.
 
     A checkpoint saved after training often has `use_cache: false`, with which `generate` would read the whole text into
     the cache at every token. Others set beams, penalties or a kind of cache. The model itself keeps its config: another
     thread may read it.
     """
-    inner = unwrapped(model)  # what torch.compile wraps would pass the new config on to the model
-    plain: Any = object.__new__(type(inner))  # not copy(): FSDP2's classes would be made anew
+    inner = unwrapped(model)  # a torch.compile wrapper would set the new config on the model
+    plain: Any = object.__new__(type(inner))  # not copy(), which would construct FSDP2's classes anew
     plain.__dict__.update(inner.__dict__, generation_config=GenerationConfig())
     return plain
 
 
 @contextmanager
 def _without_padding_warning(batch: CachedBatch) -> Iterator[None]:
-    """Suppress `generate`'s warning about right padding, if some rows end in masked tokens.
+    """Suppress `generate`'s warning about right padding if some rows end in masked tokens.
 
     Steering masks struck tokens. `given` sets the positions, and the next tokens are forced, so nothing depends on
     them.
@@ -347,9 +347,9 @@ def continuation(
     settings: dict[str, Any],
     limit: int,
 ) -> list[list[int]]:
-    """At most `limit` greedy tokens after each row followed by its text. The batch does not change.
+    """At most `limit` greedy tokens after each row and its text. The batch does not change.
 
-    The texts have the same number of tokens: padding within a row would take up room in a sliding window.
+    The texts must have the same number of tokens: padding within a row would take up room in a sliding window.
     """
     branch = _branch(batch, rows, texts, settings["pad_token_id"])
     output = _generate(model, branch, settings, limit)

@@ -24,16 +24,16 @@ class Limits:
     Args:
         budget: the limit for everything after the prompt: thinking, interventions, struck text, probes, answer.
         reserve: kept for the wrap-up and the answer (default: a quarter of the budget, at most 256).
-        minimum: an end of thinking before so many tokens is struck and replaced by `wait`.
-        maximum: the limit of the thinking (default: what the reserve leaves).
+        minimum: an end of thinking before this many tokens is struck and replaced by `wait`.
+        maximum: the limit of the thinking (default: the budget less the reserve).
         cap: the most interventions in a completion, not counting the wrap-up.
         cooldown: the least number of tokens between an intervention and a `verify` or `other approach`.
-        verify_above: nats; `verify` comes at the end of a sentence if the moving average of the entropy exceeds this.
+        verify_above: nats; insert `verify` at the end of a sentence if the moving average of the entropy exceeds this.
             Choose a high quantile of the model's own entropy with `calibrate`; None turns `verify` off.
         loop_length, loop_times: a run of `loop_length` tokens that occurs `loop_times` times is a loop, which triggers
             `other approach`.
         probe_every: tokens between probes of the answer; 0 for no probes.
-        probe_agree: so many equal probed answers in a row end the thinking.
+        probe_agree: this many equal probed answers in a row end the thinking.
         probe_tokens: the limit of a probed answer.
 
     Raises:
@@ -76,8 +76,8 @@ class Phrases:
 
     Args:
         close: the marker that ends the thinking and begins the answer.
-        open: the marker that begins the thinking, if the model writes it; it precedes a wrap-up before any thinking.
-        finish: the text that ends the answer; empty if only the end of turn does.
+        open: the marker that begins the thinking, if the model writes it; a wrap-up before any thinking starts with it.
+        finish: the text that ends the answer; empty if only the end of turn ends it.
         probe: the text that a probe inserts after the close marker to get the answer at once.
         wait, verify, other, wrap_up: the text of each intervention.
 
@@ -113,7 +113,7 @@ class Guide:
 
     def __post_init__(self) -> None:
         if unknown := set(self.interventions) - set(INTERVENTIONS):
-            raise ValueError(f"interventions must be of {', '.join(INTERVENTIONS)}; got {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown interventions {', '.join(sorted(unknown))}: use {', '.join(INTERVENTIONS)}")
 
     @property
     def passive(self) -> bool:

@@ -62,7 +62,7 @@ def guided(
             for i in batch:
                 states[i] = [TokenState(guide, vocabulary, listen and partial(listen, i)) for _ in range(copies)]
             groups = {i: SampleGroup(list(states[i])) if sampling.early_stop else None for i in batch}
-            for start in range(0, copies, batch_size):  # one turn, unless a prompt has more samples than fit
+            for start in range(0, copies, batch_size):  # once, unless a prompt has more samples than fit
                 turn = range(copies)[start : start + batch_size]
                 rows = [(i, copy) for i in batch for copy in turn if not states[i][copy].abandoned]
                 if not rows:
@@ -82,7 +82,7 @@ def guided(
 
 
 def _names(sampling: Sampling, prompts: int) -> list[list[str]]:
-    """The names that seed the draws, for each sample of each prompt."""
+    """The names that seed the draws of each sample of each prompt."""
     seed = sampling.seed
     seeds = [f"{seed}:{i}" for i in range(prompts)] if isinstance(seed, int) else list(map(str, seed))
     return [[f"{name}:{copy}" for copy in range(sampling.samples)] for name in seeds]

@@ -63,17 +63,17 @@ def write(
     """A guided completion of `prompt`, which contains the model's own special tokens.
 
     Args:
-        count: counts the tokens of a text. Without it, a streamed piece whose count the server does not report is one
-            token, and an inserted text is one token per byte, an upper bound.
+        count: counts the tokens of a text. Without it, an inserted text counts as one token per byte, an upper bound,
+            and a streamed piece as one token if the server does not report its count.
         listen: called with (kind, text) for each piece: `think`, `answer` or the kind of an intervention.
         abandoned: called at each piece; the completion stops once it returns True.
         keep_special: request text with its special tokens (`skip_special_tokens: false` of vLLM and SGLang), for a
-            model whose thinking ends in one.
+            model whose thinking ends with one.
 
     Raises:
-        ServerError: no answer after all retries, a text that the server ended itself (a filter, an abort), more tokens
-            than requested, or no log-probs although the guide's `verify_above` needs them. `partial` holds the solution
-            so far.
+        ServerError: no answer after all retries, a text that the server ended (a filter, an abort), more tokens than
+            requested, or no log-probs although the guide's `verify_above` needs them. `partial` has the solution so
+            far.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
     report = listen or (lambda kind, text: None)
@@ -127,7 +127,7 @@ def _one_stream(
                 continue
             measured = measured or piece.entropy is not None
             if measures and not measured:
-                raise ServerError(f"{server.url} sends no log-probs, and verify_above needs them: leave it out")
+                raise ServerError(f"{server.url} sends no log-probs, which verify_above needs: leave it out")
             tokens = piece.tokens or max(1, count(piece.text) if count else 1)
             phase = state.phase.value
             order = state.write(piece.text, min(tokens, state.left), piece.entropy)
@@ -135,12 +135,12 @@ def _one_stream(
             if order or state.phase is Phase.DONE or state.wants_probe or abandoned():
                 return order
     if reason is None:
-        raise IncompleteReply("the stream ended before the text did")
+        raise IncompleteReply("the stream ended without a finish_reason")
     if not is_cut(reason):
         if fault := fault_of_finish(reason):
             raise ServerError(f"{server.url}: {fault}")
         return state.write("", max(0, written - (state.spent - before)), ended=True)
-    # There were fewer pieces than tokens, but all requested tokens are used up.
+    # All requested tokens are used up, even if there were fewer pieces.
     rest = allowed - (state.spent - before)
     return state.write("", rest) if rest else None
 
@@ -191,7 +191,7 @@ def _candidates(logprobs: dict[str, Any]) -> list[Sequence[float]]:
 
 
 def _entropy(logprobs: Sequence[float]) -> float:
-    """The entropy [nats] from the top log-probs, the rest counted as one token: a lower bound."""
+    """The entropy [nats] of the top log-probs, with the rest as one token: a lower bound."""
     chances = [math.exp(min(value, 0.0)) for value in logprobs]
     chances.append(1.0 - sum(chances))
     return -sum(chance * math.log(chance) for chance in chances if chance > 0.0)
@@ -199,7 +199,7 @@ def _entropy(logprobs: Sequence[float]) -> float:
 
 def _check(server: Server, allowed: int, written: int) -> None:
     if written > allowed:
-        raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were requested, {written} came")
+        raise ServerError(f"{server.url} ignores max_tokens: requested at most {allowed}, got {written}")
 
 
 def _probe(server: Server, text: str, state: GuideState) -> Order | None:
@@ -220,8 +220,8 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
     """A solution from a server with only a chat API: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
-        ServerError: no answer after all retries, a malformed reply, a refusal, one that the server ended itself (a
-            filter, an abort), no token count, or a count above the budget.
+        ServerError: no answer after all retries, a malformed reply, a refusal, a reply that the server ended (a filter,
+            an abort), no token count, or a count above the budget.
     """
     body = {
         "messages": [
@@ -242,7 +242,7 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
         raise ServerError(f"{server.url}: {fault}", partial=solution)
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
-            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were requested, it reports "
+            f"{server.url} did not honour the budget: requested at most {guide.limits.budget} tokens, it reports "
             f"{'no count' if tokens is None else tokens}",
             partial=solution,
         )
@@ -250,7 +250,7 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
 
 
 def _marked_thinking(reply: ChatReply) -> str:
-    """The separate thinking of a reply in thinking tags, so that nothing in it is taken for the answer."""
+    """The separate thinking of a reply, put in thinking tags so that nothing in it is taken for the answer."""
     if not reply.thinking:
         return ""
     opener, closer, _ = THINKING[0]
@@ -263,8 +263,8 @@ class ServerSolver:
     """A served model as a `Solver`.
 
     Args:
-        tokenizer: the served model's own, for its chat template and to count tokens. Without it the prompt is plain
-            text, and an inserted text counts as one token per byte.
+        tokenizer: of the served model, for its chat template and to count tokens. Without it, the prompt is plain text,
+            and an inserted text counts as one token per byte.
         concurrency: the most requests at a time.
         instruction: what follows a problem; None: the tokenizer's default, or `ANSWER` without a tokenizer.
 
@@ -298,12 +298,12 @@ class ServerSolver:
     def solve(
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
-        """The samples of every problem, one problem after the other; see `Solver`. Sample i has the seed `seed + i`.
+        """The samples of every problem, one problem after another; see `Solver`. Sample i has the seed `seed + i`.
 
         Uses the chat API if the server has no completions (404, 405, 501).
 
         Raises:
-            ServerError: a sample failed; `partial` lists what all samples of its problem had written.
+            ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem.
         """
         seeds = [sampling.seed] * len(problems) if isinstance(sampling.seed, int) else sampling.seed
         return [
@@ -368,7 +368,7 @@ class ServerSolver:
         return prompt_for(problem, self.tokenizer, self.instruction)
 
     def _closes_by_special(self, guide: Guide) -> bool:
-        """Whether the close marker contains a special token, which servers leave out of the text."""
+        """Whether the close marker contains a special token: servers leave those out of the text."""
         special = self.tokenizer.all_special_tokens if self.tokenizer is not None else []
         return any(token in guide.phrases.close for token in special)
 
@@ -397,6 +397,6 @@ class _RunningVote:
 
 
 def _partial_solution(future: Future[Solution]) -> Solution | None:
-    """The solution of a sample, or what it had written when it failed; None if there is nothing."""
+    """The solution of a sample, or its partial solution if it failed; None if there is none."""
     error = future.exception()
     return error.partial if isinstance(error, ServerError) else None if error else future.result()

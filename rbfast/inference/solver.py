@@ -36,7 +36,7 @@ class Sampling:
         temperature: 0 for greedy decoding.
         top_p: nucleus sampling: draw from the smallest set of tokens with this mass.
         seed: one seed for each prompt, or one for all.
-        early_stop: abandon the samples of a prompt that can no longer change the majority.
+        early_stop: abandon the running samples of a prompt once they can no longer change the majority.
 
     Raises:
         ValueError: a number out of its range, or several samples at temperature 0.
@@ -54,14 +54,14 @@ class Sampling:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature must be 0 or more and top_p in (0, 1], got {self.temperature}, {self.top_p}")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError("several samples of one prompt need a temperature above 0: greedy ones are all the same")
+            raise ValueError("several samples of a prompt need a temperature above 0: greedy samples are all the same")
 
 
 GREEDY = Sampling()
 
 
 def seed_named(name: str) -> int:
-    """The seed of draws with a name."""
+    """The seed for a name: its 64-bit hash."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
@@ -71,10 +71,10 @@ class Solution:
 
     Attributes:
         text: the completion without struck text and special tokens; `thinking` and `answer` are its parts.
-        tokens: the whole cost: `text`, struck tokens, and the discarded `probe_tokens`; as far as a server reports it.
+        tokens: the whole cost: `text`, struck tokens, and the discarded `probe_tokens`; of a server, what it reports.
         truncated: the budget cut off the answer.
         abandoned: the vote was decided before this sample ended.
-        sentences: nats; the moving average of the entropy at each end of a sentence of thinking, if it was measured.
+        sentences: nats; the moving average of the entropy at the end of each sentence of thinking, if it was measured.
         ids: the tokens of `text`; empty for a server, which sends none.
     """
 
@@ -110,7 +110,7 @@ class Solution:
         return answer_key(self.text, truncated=self.truncated)
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
+        """A record for `json.dumps`. `thinking` and `answer` have no tags; `text` keeps them."""
         return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
 
 
@@ -147,12 +147,12 @@ def calibrate(solver: Solver, problems: Sequence[str], guide: Guide, quantile: f
     """A value for `verify_above` [nats]: the `quantile` of the entropy at the sentence ends of unguided thinking.
 
     Raises:
-        ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.
+        ValueError: the quantile is outside (0, 1), or no sentence of the model's thinking ended.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
     plain = replace(guide, interventions=()).with_limits(minimum=0, probe_every=0, verify_above=math.inf)
     ends = [end for samples in solver.solve(problems, plain) for sample in samples for end in sample.sentences]
     if not ends:
-        raise ValueError("no sentence ended in what the model wrote: give more prompts or a larger budget")
+        raise ValueError("no sentence of the model's thinking ended: give more problems or a larger budget")
     return float(np.quantile(ends, quantile))

@@ -7,8 +7,8 @@ order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model
 
 The phases are thinking, answer, done. The state depends only on the pieces of text that were written, not on the batch;
 the Hugging Face loop and the server client share it. An `Order` strikes the last pieces, if the model was inside
-something that must not be cut, and inserts a text. Struck tokens are still paid for: every token that was ever written,
-inserted or spent on a probe counts against the budget.
+something that must not be cut, and inserts a text. Every token that was written, struck, inserted or spent on a probe
+counts against the budget.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from enum import Enum
 from rbfast.inference.boundary import Boundary
 from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
 
-STABLE, CLOSE = "stable", "close"  # why the thinking was ended: probes agreed; the model ended its turn too early
+STABLE, CLOSE = "stable", "close"  # why the thinking was ended: probes agreed; the model ended its turn while thinking
 
 _DECAY = 0.9  # of the moving average of the entropy, per token
-_PATIENCE = 32  # tokens that a due intervention waits for the end of a sentence
+_PATIENCE = 32  # the most tokens that a due intervention waits for the end of a sentence
 _FENCE_END = "```\n"
 
 
@@ -44,7 +44,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Event:
-    """An intervention: its kind, the number of characters of thinking before it, the text that it struck."""
+    """An intervention: its kind, the number of characters of thinking before it, and the text that it struck."""
 
     kind: str
     at: int
@@ -60,7 +60,7 @@ class GuideState:
         end_cost: the tokens that ending the turn costs: 1 if an end token is written, 0 if the caller stops.
 
     Raises:
-        ValueError: the reserve does not hold the wrap-up, one token of answer and the end.
+        ValueError: the reserve is too small for the wrap-up, one token of answer and the end.
     """
 
     guide: Guide
@@ -92,9 +92,8 @@ class GuideState:
         self._limit = self._thinking_limit() if self._wraps_up else self.limits.budget
         if self.limits.minimum > self._limit:
             raise ValueError(
-                f"minimum must fit into the budget, got {self.limits.minimum} of {self._limit} tokens of thinking "
-                f"(a budget of {self.limits.budget}, {self.limits.kept_back} of them kept back): lower minimum or "
-                "raise budget"
+                f"minimum must be at most {self._limit}, the tokens of thinking that a budget of {self.limits.budget} "
+                f"allows, got {self.limits.minimum}: lower minimum or raise budget"
             )
 
     def _thinking_limit(self) -> int:
@@ -105,7 +104,7 @@ class GuideState:
             enough = replace(self.limits, budget=4 * needed).kept_back >= needed  # False if the reserve was given
             remedy = f"the budget to {4 * needed}" if enough else f"the reserve (of Limits) to {needed}"
             raise ValueError(
-                f"the wrap-up, an answer and its end need {needed} tokens, the reserve holds {kept_back} "
+                f"the wrap-up, an answer and its end need {needed} tokens, the reserve is {kept_back} "
                 f"of a budget of {budget}: raise {remedy}"
             )
         return min(budget - kept_back, self.limits.maximum or budget)
@@ -117,7 +116,7 @@ class GuideState:
 
     @property
     def left(self) -> int:
-        """The tokens that the model may write before the next order at the latest."""
+        """The most tokens that the model may write before the next order."""
         if self.phase is Phase.THINK:
             return self._limit - self.spent
         return self.limits.budget - self.spent - (self._finish_cost if self._wraps_up else 0)
@@ -129,7 +128,7 @@ class GuideState:
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def start(self) -> Order | None:
-        """The order before the first token, if any: a budget that is all reserve leaves no thinking."""
+        """The order before the first token, if there is one: a budget that is all reserve leaves no thinking."""
         return self._stop_thinking(WRAP_UP) if self._wraps_up and self.left < 1 else None
 
     def write(self, text: str, tokens: int = 1, entropy: float | None = None, ended: bool = False) -> Order | None:
@@ -161,7 +160,7 @@ class GuideState:
         """Process the model's reply to a probe, which cost `tokens` tokens (inserted and written, then discarded)."""
         self.spent += tokens
         self.probed_tokens += tokens
-        # Count from here: an inserted text may be longer than the interval between probes.
+        # The next interval starts here: an inserted text may be longer than an interval.
         self._next_probe = self.spent - self.probed_tokens + self.limits.probe_every
         self._probes = [*self._probes, _first_answer(text, self.phrases.finish)][-self.limits.probe_agree :]
         stable = len(self._probes) == self.limits.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
@@ -222,7 +221,7 @@ class GuideState:
         return self._insert(CLOSE, self._with_separator(self.phrases.close, strike), strike, Phase.ANSWER)
 
     def _remember_safe_place(self, text: str) -> None:
-        # A piece without text is part of a character, which must not be interrupted.
+        # A piece without text is part of a character: nothing may be inserted here.
         if not text:
             return
         if self._boundary.safe:
@@ -304,14 +303,14 @@ class GuideState:
         return Order(kind, strike, text)
 
     def _reset_tracking(self) -> None:
-        """Reset what is tracked about the text: an inserted text starts anew."""
+        """Reset the tracking of the text: it restarts at an inserted text."""
         self._boundary.restart(self._pieces[-1][0])
         self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
         self._recent.clear()
         self._met.clear()
 
     def _with_separator(self, text: str, strike: int | None = None) -> str:
-        """`text` as it is inserted: after closing an open code fence, in a new paragraph."""
+        """`text` as it is inserted: in a new paragraph, after closing an open code fence."""
         strike = len(self._pieces) - self._safe if strike is None else strike
         kept = len(self._pieces) - strike
         repair = self._repair if kept == self._safe else ""

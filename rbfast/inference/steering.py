@@ -18,7 +18,7 @@ from rbfast.inference.vote import decided
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens. A draw depends only on the row's name, which contains the seed, and its step, not on the batch."""
+    """Draws tokens. A draw depends only on its row's name, which contains the seed, and step: not on other rows."""
 
     temperature: float
     top_p: float
@@ -47,7 +47,7 @@ class Sampler:
 
 @dataclass
 class SampleGroup:
-    """The samples of one prompt. Once the rest cannot change the majority, they are abandoned."""
+    """The samples of one prompt. Once the running ones cannot change the majority, they are abandoned."""
 
     running: list[TokenState]
     answers: list[str | None] = field(default_factory=list)
@@ -93,7 +93,7 @@ class GuidedSteering(Steering):
         return LogitsProcessorList([_ForceTokens(self)])
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """Edit the logits [rows, V], in place, so that a forced or drawn token is the only possible one of its row."""
+        """Edit the logits [rows, V] in place, so that a forced or drawn token is the only possible one in its row."""
         if self.measures_entropy:
             self.entropies = list(entropy(scores).tolist())
         forced = {i: state.queue[0] for i, state in enumerate(self.states) if state.queue}

@@ -55,7 +55,7 @@ class Vocabulary:
         back = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if self.stops.intersection(ids) or text.strip() not in back:
             raise ValueError(
-                f"{name} must be a text that the tokenizer can write, got {text!r}, which comes back as {back!r}: "
+                f"{name} must be a text that the tokenizer can write, got {text!r}, which it decodes to {back!r}: "
                 "choose a marker that its vocabulary can spell"
             )
 
@@ -69,7 +69,7 @@ class Vocabulary:
 
 
 class TokenState:
-    """A guided completion over token ids. It depends only on the tokens that it was fed.
+    """A guided completion over token ids. It depends only on the tokens fed to it.
 
     Attributes:
         queue: tokens to force before the model may choose again.
@@ -107,7 +107,7 @@ class TokenState:
         self.ids.append(token)
         if self.queue:
             if token != self.queue.popleft():
-                raise ValueError(f"expected a token of the queue, got {token}: feed tokens in order")
+                raise ValueError(f"expected the first token of the queue, got {token}: feed tokens in order")
             return 0
         phase, ended = self.state.phase, token in self.vocabulary.stops
         piece = "" if ended else self._decode(token)

@@ -1,6 +1,6 @@
 """Self-consistency: the answer that most samples of one prompt agree on (Wang et al., arXiv 2203.11171).
 
-Two answers count as the same if `math_equality.equal` says so, as in grading. Equal numbers have the same key
+Two answers are the same if `math_equality.equal` says so, as in grading. Equal numbers have the same key
 (`answer_key`). Only other answers are compared, each with the first of every group.
 """
 
@@ -23,11 +23,11 @@ class Vote(NamedTuple):
 
 
 def majority(answers: Sequence[str | None]) -> Vote:
-    """The most frequent answer; of equally frequent ones the first that was given. None does not vote."""
+    """The most frequent answer; of equally frequent answers, the first one given. None does not vote."""
     counts = _counts(answers)
     if not counts:
         return Vote(None, 0, 0)
-    winner = max(counts, key=counts.__getitem__)  # `max` is the first of equals
+    winner = max(counts, key=counts.__getitem__)  # `max` returns the first of equals
     return Vote(winner, counts[winner], sum(counts.values()))
 
 

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused(model):
 
 
 def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="every prompt needs a token to go on from, got ''"):
+    with pytest.raises(ValueError, match="every prompt needs at least one token, got ''"):
         complete(model, tiny_tokenizer(), ["a", ""])
 
 

@@ -227,7 +227,7 @@ def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
         ({"budget": 9, "maximum": 0}, "maximum must be at least 1, got 0"),
         ({"budget": 99, "minimum": 9, "maximum": 8}, "maximum must be at least 9, got 8"),
         ({"budget": 9, "close": ""}, "close must be the text that ends the thinking"),
-        ({"budget": 9, "interventions": ["wiat"]}, "must be of wait, verify, other approach, wrap up; got wiat"),
+        ({"budget": 9, "interventions": ["wiat"]}, "interventions wiat: use wait, verify, other approach, wrap up"),
         ({"budget": 9, "loop_times": 1}, "loop_times must be at least 2, got 1"),
     ],
 )
@@ -238,17 +238,17 @@ def test_bad_guides_are_refused(options, complaint):
 
 def test_budgets_that_hold_no_answer_are_refused():
     with pytest.raises(
-        ValueError, match=r"need \d+ tokens, the reserve holds 2 of a budget of 10: raise the budget"
+        ValueError, match=r"need \d+ tokens, the reserve is 2 of a budget of 10: raise the budget"
     ) as told:
         GuideState(make_guide(budget=10), len)
     enough = int(str(told.value).split()[-1])
     row = GuideState(make_guide(budget=enough), len)
     assert row.write("```\ncode\n", tokens=row.left).kind == WRAP_UP and row.left == 1
-    with pytest.raises(
-        ValueError, match=r"need (\d+) tokens, the reserve holds 5 .* raise the reserve \(of Limits\) to"
-    ):
+    with pytest.raises(ValueError, match=r"need (\d+) tokens, the reserve is 5 .* raise the reserve \(of Limits\) to"):
         GuideState(make_guide(budget=900, reserve=5), len)
-    with pytest.raises(ValueError, match="minimum must fit into the budget, got 90 of 60 tokens of thinking"):
+    with pytest.raises(
+        ValueError, match=r"minimum must be at most 60, the tokens of thinking .* got 90: lower minimum"
+    ):
         GuideState(make_guide(budget=100, reserve=40, minimum=90, **SHORT), len)
 
 
