@@ -262,8 +262,8 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
 
 
 def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own difficulty among the rows that
-    have one; else the rank of the proxy among all."""
+    """The difficulty of each item, float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own
+    difficulty among the rows that have one; else the rank of the proxy among all."""
     difficulties = np.full(len(alive), np.nan)
     difficulties[alive] = ranks(part.proxy[alive])
     given = alive & ~np.isnan(part.given)
@@ -274,7 +274,7 @@ def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> n
 
 
 def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
-    """float64 [n]: the score that selection uses; -inf for dropped items."""
+    """The score that selection uses, float64 [n]; -inf for dropped items."""
     merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
     marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])

@@ -3,7 +3,7 @@
     sheet = describe(settings, ledger, difficulty, chosen)
     write_datasheet("reason1k/", sheet)                # datasheet.json; datasheet.html, with its plots inside
 
-It contains no time and no machine name, so the same curation gives the same datasheet.
+It contains no times or machine names, so the same curation gives the same datasheet.
 """
 
 import json
