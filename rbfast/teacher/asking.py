@@ -138,7 +138,7 @@ class _Sender:
                 self._store.add(reply, job.worst_case())
 
     def _fail(self, job: Job, error: ServerError) -> None:
-        if self._is_waited_for(error):
+        if self._should_wait_for(error):
             self.queue.append(job)
             self._rest_ends = time.monotonic() + _REST
             return
@@ -151,7 +151,7 @@ class _Sender:
     def _failed_too_often(self) -> bool:
         return self._failures >= max(_MOST_FAILURES, self._concurrency)
 
-    def _is_waited_for(self, error: ServerError) -> bool:
+    def _should_wait_for(self, error: ServerError) -> bool:
         if self._answered is None or self._interrupted or self.stopped or _SPENT in str(error):
             return False
         if error.pause is not None and error.pause > PATIENCE:

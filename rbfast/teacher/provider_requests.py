@@ -14,7 +14,7 @@ from rbfast.teacher.providers import Provider, pause_in
 if TYPE_CHECKING:
     import httpx
 
-_OF_ONE = ("host", "content-length", "content-type")  # headers that belong to one request
+_PER_REQUEST = ("host", "content-length", "content-type")  # headers that belong to one request
 _Result = TypeVar("_Result")
 
 
@@ -35,13 +35,13 @@ class ProviderRequests:
         self.chat_url = str(chat.url.copy_with(query=None))
         self._provider = provider
         self._client = httpx.Client(
-            headers={name: value for name, value in chat.headers.items() if name not in _OF_ONE},
+            headers={name: value for name, value in chat.headers.items() if name not in _PER_REQUEST},
             timeout=httpx.Timeout(provider.timeout, connect=min(CONNECTING, provider.timeout)),
         )
 
     def ask(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
         """The JSON object in a reply, which must have `field`. Retries if the provider is busy. Raises ServerError."""
-        return self._insist(lambda: self.once(method, url, field, **request))
+        return self._with_retries(lambda: self.once(method, url, field, **request))
 
     def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
         """Like `ask`, without retries. Raises IncompleteReply if it is unknown whether the request arrived."""
@@ -79,7 +79,7 @@ class ProviderRequests:
                 )
             return self.once("POST", upload_url, "file", headers=finish, content=data)["file"]["name"]
 
-        return self._insist(attempt)
+        return self._with_retries(attempt)
 
     def _is_of_api(self, url: str) -> bool:
         """Whether a URL has the scheme, host and port of the API."""
@@ -99,11 +99,11 @@ class ProviderRequests:
                     for data in response.iter_bytes():
                         file.write(data)
 
-            self._insist(download)
+            self._with_retries(download)
             file.seek(0)
             yield from filter(bytes.strip, file)
 
-    def _insist(self, attempt: Callable[[], _Result]) -> _Result:
+    def _with_retries(self, attempt: Callable[[], _Result]) -> _Result:
         return call_with_retries(self._provider.retried, self._provider.retries, attempt)
 
     @contextmanager
