@@ -150,8 +150,8 @@ def _finished(
 
 
 def _add_result(store: SignalStore, example: Example, result: _Result) -> str | ServerError | None:
-    """Add the log-probs of an example. Returns None, or why there are none. Logits count as a refusal of the example: the
-    server may send them for every one."""
+    """Add the log-probs of an example. Returns None, or why there are none. Logits count as a refusal of the example:
+    the server may send them for every one."""
     if not isinstance(result, tuple):
         return result
     reason = try_to_add(store, example, *result)
