@@ -44,15 +44,15 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--load-in",
         choices=["4bit", "8bit"],
-        help="quantise MODEL while it is loaded, by bitsandbytes or torchao; the adapter then runs beside its weights",
+        help="quantise MODEL as it loads, with bitsandbytes or torchao; the adapter then runs beside its weights",
     )
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--device",
-        help="torch device (default: cuda if there is one, else cpu), or auto: a model that one GPU does not hold is "
-        "spread over all",
+        help="torch device (default: cuda if available, else cpu), or auto: spread a model too large for one GPU "
+        "over all of them",
     )
 
 
@@ -71,12 +71,12 @@ def add_instruction(sub: argparse.ArgumentParser | argparse._ArgumentGroup, defa
     sub.add_argument(
         "--instruction",
         metavar="NAME|TEXT",
-        help="what a prompt says after the problem: answer (<answer>..</answer>), boxed (\\boxed{}), none, or a text "
-        f"of your own (default: {default})",
+        help="instruction after the problem: answer (<answer>..</answer>), boxed (\\boxed{}), none, or your own text "
+        f"(default: {default})",
     )
 
 
-TRAINED_WITH = "what the adapter or the merged model was trained with, else boxed if MODEL's chat template thinks"
+TRAINED_WITH = "the one that the adapter or merged model was trained with, else boxed if MODEL's template has thinking"
 
 
 def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":
@@ -105,7 +105,7 @@ def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Pa
         return traces
     if not args.json:
         print(f"{source}: {reader.summary()}", file=sys.stderr)
-    unreadable.unlink(missing_ok=True)  # of an earlier call
+    unreadable.unlink(missing_ok=True)  # left by an earlier call
     if reader.unreadable:
         reader.write_unreadable(unreadable)
         print(f"{source}: unreadable rows are listed, with reasons, in {unreadable}", file=sys.stderr)
@@ -160,13 +160,13 @@ AUTO = "auto"  # a device: all GPUs
 
 
 def device_of(args: argparse.Namespace) -> str:
-    """The device of a command; with --device auto the first that a model is spread over."""
+    """The device of a command; with --device auto, the first device of the spread model."""
     from rbfast.utils.devices import find_device
     from rbfast.utils.processes import process_count
 
     if args.device == AUTO and process_count() > 1:
         raise ValueError(
-            "--device auto spreads a model over the GPUs of one process, and there are several: leave it out, or "
+            "--device auto spreads a model over the GPUs of one process, but several processes run: leave it out, or "
             "spread the model over the processes with --shard"
         )
     return str(find_device(None if args.device == AUTO else args.device))
@@ -209,5 +209,5 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} 
 
 
 def printable(text: str) -> str:
-    """The text with its control characters spelled out: a model, a server or a file may write a terminal's commands."""
+    """The text with its control characters escaped: a model, a server or a file may send terminal commands."""
     return text.translate(_CONTROLS)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rbfast.data.trace import Trace
     from rbfast.teacher.solutions import Taught
 
-_SHOWN = 5  # reasons shown why traces have no log-probs
+_SHOWN = 5  # the most reasons to print for traces without log-probs
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
@@ -46,16 +46,16 @@ def add_convert(sub: argparse.ArgumentParser) -> None:
         "--out",
         type=_jsonl_file,
         required=True,
-        help=f"JSONL file to write ({FILE_ONLY}); unreadable rows go beside it",
+        help=f"JSONL file to write ({FILE_ONLY}); unreadable rows are listed beside it",
     )
     add_formats(sub)
 
 
 def _jsonl_file(text: str) -> Path:
-    """As `output_file`, of a name by which it is read again: out.parquet would be read as Parquet."""
+    """As `output_file`, but only for JSONL names: out.parquet would later be read as Parquet."""
     path = output_file(text)
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .jsonl, which is what is written")
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .jsonl, because the output is JSONL")
     return path
 
 
@@ -66,8 +66,8 @@ def run_convert(args: argparse.Namespace) -> int:
     unreadable = args.out.with_suffix(".unreadable.jsonl")
     records = (record_of(trace, row) for trace, row in reader.with_rows())
     first = next(records, None)
-    count = 0 if first is None else write_records(args.out, chain([first], records))  # no traces: replace no file
-    unreadable.unlink(missing_ok=True)  # of an earlier call
+    count = 0 if first is None else write_records(args.out, chain([first], records))  # no traces: keep an old file
+    unreadable.unlink(missing_ok=True)  # left by an earlier call
     if reader.unreadable:
         reader.write_unreadable(unreadable)
     result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
@@ -89,10 +89,16 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="EVALSET",
-        help="problems that must not be trained on: math-500, aime24, aime25, gsm8k, files, folders or hub ids",
+        help="evaluation problems to keep out of training: math-500, aime24, aime25, gsm8k, files, folders or hub ids",
     )
-    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems whose numbers differ")
-    sub.add_argument("--pass-rates", type=Path, help="results of `rbfast eval -o`: what the student fails is hard")
+    sub.add_argument(
+        "--keep-templates",
+        action="store_true",
+        help="keep problems that differ from an evaluation problem only in numbers",
+    )
+    sub.add_argument(
+        "--pass-rates", type=Path, help="results of `rbfast eval -o`; problems that the student fails count as hard"
+    )
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
     sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
     add_formats(sub)
@@ -130,19 +136,21 @@ def run_curate(args: argparse.Namespace) -> int:
 
 
 def add_teach(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="the teacher, as its server names it; with --score alone: hub id or local folder")
+    sub.add_argument("model", help="the teacher's name on its server; with --score and no server: hub id or folder")
     sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
     sub.add_argument(
         "-o", "--out", type=output_folder, required=True, help="folder to write; the same command resumes there"
     )
-    sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
-    sub.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte of a reply (default: 600)")
+    sub.add_argument(
+        "--server", metavar="URL", help="OpenAI-compatible server, its URL through /v1; key: RBFAST_API_KEY"
+    )
+    sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for more of a reply (default: 600)")
     sub.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
     solutions = sub.add_argument_group("solutions")
     solutions.add_argument(
         "--provider",
         metavar="NAME",
-        help="a provider with an API of its own, as litellm names it (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
+        help="a provider with its own API, by litellm's name (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
         "and the like; needs rbfast[teachers]",
     )
     solutions.add_argument("-n", type=positive, help="problems to ask (default: all, or 50 of a generator)")
@@ -150,21 +158,25 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     solutions.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
     solutions.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")
     solutions.add_argument(
-        "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request, as an object"
+        "--extra-body", type=json_object, default={}, metavar="JSON", help="JSON object of extra fields in each request"
     )
     solutions.add_argument(
         "--batch",
         action="store_true",
         help="use the batch API of the server (OpenAI's) or the provider (anthropic, gemini): replies within a day, at "
-        "lower prices; give those as --prices",
+        "lower prices, which --prices must then give",
     )
     solutions.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
-    solutions.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
-    solutions.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
+    solutions.add_argument(
+        "--max-cost", type=float, help="stop before the cost can exceed this, in the --prices' currency"
+    )
+    solutions.add_argument("--max-total-tokens", type=int, help="stop before the total of tokens can exceed this")
     scoring = sub.add_argument_group("log-probs")
-    scoring.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
+    scoring.add_argument(
+        "--score", action="store_true", help="get log-probs of the traces in SOURCE, not new solutions"
+    )
     scoring.add_argument("--student", help="student whose tokens are scored: hub id, local folder, or smollm2-135m")
-    scoring.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
+    scoring.add_argument("-k", type=int, help="candidates per token (default: 32; 20 from a server, a common limit)")
     scoring.add_argument(
         "--align", action="store_true", help="accept a teacher with another tokenizer: score shared tokens"
     )
@@ -172,8 +184,8 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
     )
     scoring.add_argument("--dtype", choices=DTYPES, help="dtype of a local teacher")
-    sub.add_argument("--max-tokens", type=int, default=4096, help="limit of a solution, or of a trace (default: 4096)")
-    add_instruction(scoring, "boxed if the student's chat template thinks, else answer; distill needs the same")
+    sub.add_argument("--max-tokens", type=int, default=4096, help="most tokens per solution or trace (default: 4096)")
+    add_instruction(scoring, "boxed if the student's template has thinking, else answer; distill needs the same")
     add_formats(sub)
     add_device(sub)
 
@@ -188,7 +200,7 @@ def run_teach(args: argparse.Namespace) -> int:
     from rbfast.utils.progress import bar
 
     server = _make_teacher(args)
-    student = _open_student(args) if args.student else None  # fail before a reply is paid for
+    student = _open_student(args) if args.student else None  # fail before paying for a reply
     extra = args.extra_body | ({"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {})
     questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
@@ -213,7 +225,7 @@ def run_teach(args: argparse.Namespace) -> int:
         result["signals"] = _add_reply_logprobs(args, taught, *student)
     text = format_lines(result)
     if taught.verdicts["wrong"]:
-        text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
+        text += "\nthe traces include those with wrong answers (verified: false); rbfast curate leaves those out"
     if taught.failed:
         text += f"\nfailed replies are listed, with reasons, in {args.out / FAILED}; the first: {taught.first_failure}"
     print_result(args, result, text)
@@ -221,7 +233,7 @@ def run_teach(args: argparse.Namespace) -> int:
 
 
 def _make_teacher(args: argparse.Namespace) -> Any:
-    """The teacher that is asked for solutions."""
+    """The teacher to ask for solutions."""
     common = {"timeout": args.timeout, "temperature": args.temperature, "seed": args.seed}
     if args.provider:
         from rbfast.teacher.providers import Provider
@@ -232,7 +244,7 @@ def _make_teacher(args: argparse.Namespace) -> Any:
 
         return Server(args.server, args.model, **common)
     raise ValueError(
-        "solutions come from a server: name it with --server URL or --provider NAME, or get log-probs with --score"
+        "solutions need a server: give --server URL or --provider NAME, or --score to get log-probs instead"
     )
 
 
@@ -248,9 +260,9 @@ def _open_student(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, S
 def _add_reply_logprobs(
     args: argparse.Namespace, taught: "Taught", tokenizer: "PreTrainedTokenizerBase", store: "SignalStore"
 ) -> int:
-    """Store the log-probs that came with the solutions in the folder `signals`; returns how many traces have them.
+    """Store the log-probs that came with the solutions in the folder `signals`, and return how many traces have them.
 
-    Prints why the others have none.
+    Print why the others have none.
     """
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
@@ -265,7 +277,7 @@ def _add_reply_logprobs(
 
 
 def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
-    """Print why traces got no log-probs: the first reasons, and the number of other traces."""
+    """Print why traces have no log-probs: the first few reasons, then the number of other traces."""
     for _, reason in refused[:_SHOWN]:
         print(printable(f"no log-probs: {reason}"), file=sys.stderr)
     if (others := len(refused) - _SHOWN) > 0:
@@ -305,7 +317,7 @@ def _top_k(args: argparse.Namespace) -> int:
 
 CONVERT = Command(
     name="convert",
-    summary="Write traces of any known shape as JSONL with the fields of a trace.",
+    summary="Convert traces of any known shape to rbfast's JSONL.",
     example="rbfast convert s1k.parquet -o traces.jsonl --map answer=solution",
     add_arguments=add_convert,
     run=run_convert,
@@ -319,7 +331,7 @@ CURATE = Command(
 )
 TEACH = Command(
     name="teach",
-    summary="Ask a teacher for solutions, or for its log-probs of traces.",
+    summary="Get solutions from a teacher, or its log-probs of traces.",
     example="rbfast teach their-model problems.jsonl -o taught/ --server https://api.example.com/v1 --samples 2",
     add_arguments=add_teach,
     run=run_teach,

@@ -41,11 +41,11 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("problem", help="the problem, or - to read it from stdin")
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
-    sub.add_argument("--tokenizer", metavar="NAME", help="the served model's: hub id or folder; for its chat template")
+    sub.add_argument("--tokenizer", metavar="NAME", help="hub id or folder of the served model, for its chat template")
     sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
-    sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
-    sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
-    sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
+    sub.add_argument("--budget", type=int, default=1024, help="most tokens in all, thinking and answer (default: 1024)")
+    sub.add_argument("--minimum", type=int, default=0, help="fewest tokens of thinking (default: 0)")
+    sub.add_argument("--maximum", type=int, help="most tokens of thinking (default: all not reserved for the answer)")
     sub.add_argument(
         "--verify-above", type=float, help="insert a check above this mean entropy, in nats (default: never)"
     )
@@ -65,7 +65,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     if temperature is None:
         temperature = 0.0 if args.samples == 1 else 0.8
     if args.top_p is not None and temperature == 0:
-        raise ValueError("--top-p is for sampling: give a --temperature above 0 too")
+        raise ValueError("--top-p is for sampling: also give a --temperature above 0")
     top_p = 1.0 if args.top_p is None else args.top_p
     return {"samples": args.samples, "temperature": temperature, "top_p": top_p, "seed": args.seed}
 
@@ -81,7 +81,7 @@ def run_solve(args: argparse.Namespace) -> int:
     if args.server and args.adapter:
         raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
     if args.tokenizer and not args.server:
-        raise ValueError("--tokenizer is for --server: a local model brings its own")
+        raise ValueError("--tokenizer is for --server: a local model uses its own tokenizer, so leave it out")
     limits = Limits(**{name: getattr(args, name) for name in _LIMITS})
     sampling = Sampling(**_sampling(args))
     transcript = Transcript(quiet=args.json or args.samples > 1)
@@ -103,7 +103,7 @@ def _server_solver(args: argparse.Namespace) -> "Solver":
     from rbfast.teacher.client import Server
 
     if not args.tokenizer:
-        print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
+        print("no --tokenizer: the prompt is plain text, not the model's chat template", file=sys.stderr)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     return ServerSolver(
         Server(args.server, args.model), tokenizer, args.concurrency, instruction_of(args, args.tokenizer)
@@ -131,7 +131,7 @@ def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", 
 
 
 def _as_written(solutions: "Sequence[Solution]", winner: str | None) -> str | None:
-    """The winner of a vote as the first sample that gave it wrote it: a vote counts `Paris` as `paris`, `B` as `b`."""
+    """The winner of a vote, spelled as in its first sample: a vote counts `Paris` as `paris`, `B` as `b`."""
     from rbfast.data.answers import final_answer
     from rbfast.grading.grade import answer_key
 
@@ -228,7 +228,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> str:
-    """A name for the evaluated model and adapter, with the times of their weights: if retrained, they are others."""
+    """A label for the evaluated model and adapter. The modification times in it change if they are retrained."""
     names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
@@ -238,7 +238,7 @@ def _label(args: argparse.Namespace) -> str:
 
 
 def _last_written(name: str) -> int:
-    """When the weights in a folder, or in a GGUF file, were written [ns]; 0 if there are none."""
+    """The modification time [ns] of the weights in a folder or a GGUF file; 0 if there are none."""
     path = Path(name)
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return max((file.stat().st_mtime_ns for file in files), default=0)
@@ -246,7 +246,7 @@ def _last_written(name: str) -> int:
 
 SOLVE = Command(
     name="solve",
-    summary="Solve a problem under a budget, the thinking shown as it is guided.",
+    summary="Solve a problem within a token budget, and show the guided thinking.",
     example='rbfast solve smollm2-135m "A farm has 3 cows and 2 hens. How many legs?" --budget 400',
     add_arguments=add_solve,
     run=run_solve,

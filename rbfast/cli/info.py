@@ -1,4 +1,4 @@
-"""`rbfast info`: which implementations this installation runs, and what an adapter of a model would take."""
+"""`rbfast info`: which implementations this installation runs, and the size of an adapter of a model."""
 
 import argparse
 from typing import Any
@@ -37,7 +37,7 @@ def _installation(args: argparse.Namespace) -> int:
     for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
         lines += [f"{title}:"] + [f"  {name}: {implementation}" for name, implementation in facts[key].items()]
     if "reference" in (*facts["ops"].values(), facts["text"]):
-        lines.append(f"The native CPU code, which is far faster, is not all built: {how_to_build()}.")
+        lines.append(f"Some of the native CPU code, which is far faster, is not built: {how_to_build()}.")
     return print_result(args, facts, "\n".join(lines))
 
 
@@ -52,7 +52,7 @@ def _gpu_ops() -> dict[str, str]:
     if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= _OLDEST:
         return kinds
     refused = f"none (the CUDA C++ needs sm_80, this GPU is sm_{capability[0]}{capability[1]}: {_USE_TRITON})"
-    return {name: refused if how == "CUDA C++" else how for name, how in kinds.items()}
+    return {name: refused if implementation == "CUDA C++" else implementation for name, implementation in kinds.items()}
 
 
 def _model(args: argparse.Namespace) -> int:
@@ -87,12 +87,12 @@ def _model(args: argparse.Namespace) -> int:
 
 
 def _add_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", nargs="?", help="show the memory and the adapter of this model; no weights are loaded")
+    sub.add_argument("model", nargs="?", help="show the adapter and the memory of this model, without loading it")
 
 
 INFO = Command(
     name="info",
-    summary="Say which implementation of each op is active, or what an adapter of a model takes.",
+    summary="Show which implementation of each op is active, or the size of an adapter of a model.",
     example="rbfast info smollm2-135m",
     add_arguments=_add_arguments,
     run=run_info,

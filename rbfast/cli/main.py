@@ -90,7 +90,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _suggest_option(option: str, known: Sequence[str]) -> str | None:
-    """The known option that an unknown one may mean, by its initials or its spelling; None if there is none."""
+    """The known option closest to an unknown one, by initials or spelling; None if none is close."""
     initials = {"--" + "".join(word[0] for word in name[2:].split("-")): name for name in known if name[2:]}
     return initials.get(option) or next(iter(difflib.get_close_matches(option, known, 1)), None)
 

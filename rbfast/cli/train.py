@@ -49,19 +49,19 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "-o", "--out", type=output_folder, required=True, help="folder of the run; an interrupted run resumes"
     )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
-    sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
+    sub.add_argument("--teacher", help="model with the student's tokens to run beside it: hub id or local folder")
     sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to train further (default: a new one)")
     sub.add_argument(
         "--held-out",
         type=_share_or_source,
         metavar="SHARE|FILE",
-        help="traces whose loss is measured at every checkpoint: a share of the problems in TRACES, which are then not "
-        "trained on, or a file of others",
+        help="traces to measure the loss on at every checkpoint: a share of the problems in TRACES, which is then left "
+        "out of training, or a file of other traces",
     )
     sub.add_argument(
         "--keep-best",
         action="store_true",
-        help="end with the checkpoint of the lowest held-out loss, not with the last",
+        help="end with the checkpoint of lowest held-out loss, not the last one",
     )
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what the density allows)")
@@ -70,7 +70,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="linear layers to train: names or their ends, such as q_proj, or all-linear alone (default: all-linear, "
+        help="linear layers to train: names or their ends, such as q_proj, or only all-linear (default: all-linear, "
         "which leaves out the head)",
     )
     sub.add_argument(
@@ -78,14 +78,14 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         choices=["gradient", "factored", "activation", "random"],
         help="which columns: at random, or those that score best on some traces (default: random)",
     )
-    sub.add_argument("--placement-traces", type=int, help="traces that place the columns (default: 64)")
+    sub.add_argument("--placement-traces", type=int, help="traces to score the columns on (default: 64)")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
     sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
     sub.add_argument(
         "--tokens-per-batch",
         type=int,
         metavar="N",
-        help="fill batches up to N tokens, not by traces; a longer trace is alone in its batch",
+        help="fill batches up to N tokens, not up to --batch-size traces; a longer trace is alone in its batch",
     )
     sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")
     sub.add_argument(
@@ -98,7 +98,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
     sub.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="after the peak (default: linear)")
     sub.add_argument(
-        "--shard", type=positive, metavar="PROCESSES", help="spread each copy of MODEL over so many processes"
+        "--shard", type=positive, metavar="PROCESSES", help="spread each copy of MODEL over this many processes"
     )
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
@@ -110,8 +110,8 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         help="trackers to send the losses to, such as wandb, tensorboard, mlflow or trackio",
     )
     sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
-    add_instruction(sub, "boxed if MODEL's chat template thinks, else answer")
-    sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
+    add_instruction(sub, "boxed if MODEL's template has thinking, else answer")
+    sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, without training")
     add_formats(sub)
     _add_objective(sub)
     _add_on_policy(sub)
@@ -125,7 +125,7 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
         "--anneal", type=float, help="share of the strategic weight moved to the tactical (default: 0.5)"
     )
     group.add_argument(
-        "--temperature", type=float, nargs="+", help="of the loss: one for all roles, or one for each (default: 1)"
+        "--temperature", type=float, nargs="+", help="of the loss: one for all roles, or one for each role (default: 1)"
     )
     group.add_argument(
         "--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0; 1 with --rounds)"
@@ -135,8 +135,8 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
         type=float,
         dest="ce_share",
         metavar="SHARE",
-        help="weight of the text where a teacher has log-probs; the divergence gets the rest (default: 0.5; 0 with "
-        "--rounds)",
+        help="weight of the cross-entropy of tokens with a teacher's log-probs; the divergence gets the rest (default: "
+        "0.5; 0 with --rounds)",
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
@@ -146,17 +146,17 @@ def _add_on_policy(sub: argparse.ArgumentParser) -> None:
         "on-policy",
         "with --rounds the student writes the text, and --teacher corrects it; TRACES are problems, answers optional",
     )
-    group.add_argument("--rounds", type=positive, help="times that the student writes with what it has learnt")
-    group.add_argument("--samples", type=positive, help="completions of a problem (default: 1)")
-    group.add_argument("--max-new-tokens", type=positive, help="tokens of a completion, at most (default: 512)")
+    group.add_argument("--rounds", type=positive, help="number of rounds; in each the student writes, then trains")
+    group.add_argument("--samples", type=positive, help="completions per problem (default: 1)")
+    group.add_argument("--max-new-tokens", type=positive, help="most tokens in a completion (default: 512)")
     group.add_argument("--sample-batch-size", type=positive, help="completions written at a time (default: 32)")
     group.add_argument(
         "--server",
         metavar="URL",
-        help="where --teacher runs, if not beside the student: a server up to /v1 that scores prompts as vLLM does; "
-        "key: RBFAST_API_KEY",
+        help="URL of the server that runs --teacher, through /v1; it must score prompts as vLLM does; key: "
+        "RBFAST_API_KEY (default: run it beside the student)",
     )
-    group.add_argument("-k", type=positive, help="candidates per token that the server is asked for (default: 20)")
+    group.add_argument("-k", type=positive, help="candidates per token from the server (default: 20)")
     group.add_argument("--concurrency", type=positive, help="requests to the server at a time (default: 8)")
 
 
@@ -167,7 +167,7 @@ def run_distill(args: argparse.Namespace) -> int:
     if args.rounds:
         return _run_rounds(args, config)
     if only := _given(args, "samples", "max_new_tokens", "sample_batch_size", "server", "k", "concurrency"):
-        raise ValueError(f"{only[0]} is for --rounds, in which the student writes: give that too, or leave it out")
+        raise ValueError(f"{only[0]} needs --rounds, in which the student writes: add that, or leave {only[0]} out")
     traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
@@ -197,10 +197,10 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
     if given := _given(args, "signals", "held_out", "keep_best", "plan", "shard"):
         raise ValueError(f"{given[0]} has no meaning with --rounds: leave one of them out")
     if args.teacher is None:
-        raise ValueError("--rounds needs a --teacher, which corrects what the student writes")
+        raise ValueError("--rounds needs --teacher: a model that corrects what the student writes")
     check_config(config)
-    how = {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "batch_size": args.sample_batch_size}
-    writing = Writing(**{name: value for name, value in how.items() if value})
+    options = {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "batch_size": args.sample_batch_size}
+    writing = Writing(**{name: value for name, value in options.items() if value})
     served = _served_teacher(args)
     questions = read_questions(args.traces, seed=args.seed, options=format_options(args))
     model, tokenizer, teacher = _load_models(args)
@@ -219,7 +219,7 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
             report_to=args.report_to,
         )
     except KeyboardInterrupt:
-        print(f"what was written is kept; of the training {_resume_message(args.out, config)}", file=sys.stderr)
+        print(f"the completions are kept; training: {_resume_message(args.out, config)}", file=sys.stderr)
         raise
     return _print_run(args, run) if is_first_process() else 0
 
@@ -230,7 +230,7 @@ def _served_teacher(args: argparse.Namespace) -> "ServedTeacher | None":
 
     if not args.server:
         if only := _given(args, "k", "concurrency"):
-            raise ValueError(f"{only[0]} is for a --server: a teacher beside the student gives every token's log-prob")
+            raise ValueError(f"{only[0]} needs --server: without one, the teacher runs beside the student")
         return None
     options = {"k": args.k, "concurrency": args.concurrency}
     return ServedTeacher(
@@ -239,7 +239,7 @@ def _served_teacher(args: argparse.Namespace) -> "ServedTeacher | None":
 
 
 def _given(args: argparse.Namespace, *names: str) -> list[str]:
-    """Those of these options that were given, as they are written."""
+    """The options among these that were given, as on the command line."""
     return [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
@@ -249,7 +249,7 @@ def _print_run(args: argparse.Namespace, run: "Run") -> int:
     plot_losses(run.log_history, args.out / "losses.png")
     if run.found:
         print(
-            f"already finished: the adapter is in {args.out}, nothing was trained; to train again choose another "
+            f"already finished: the adapter is in {args.out}, nothing was trained; to train again, choose another "
             "folder or remove this one",
             file=sys.stderr,
         )
@@ -262,7 +262,7 @@ def _print_run(args: argparse.Namespace, run: "Run") -> int:
 
 
 def _share_or_source(text: str) -> float | str:
-    """Parse an argument that is a share, or else the name of a source of traces."""
+    """Parse an argument that is a share or the name of a source of traces."""
     try:
         share = float(text)
     except ValueError:
@@ -297,7 +297,7 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     options = _given_options(args, DistillConfig)
     if "all-linear" in (args.targets or ()):
         if len(args.targets) > 1:
-            raise ValueError("--targets: all-linear stands for all layers, got other names beside it; leave one out")
+            raise ValueError("--targets: all-linear covers all layers, got other names too; leave out it or them")
         options["targets"] = "all-linear"
     return DistillConfig(**options, objective=Objective(**objective))
 
@@ -318,7 +318,7 @@ def _by_role(suffix: str, values: list[float] | None) -> dict[str, float]:
 
 
 def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The student, its tokenizer and the teacher, if there is one, spread over processes with --shard."""
+    """The student, its tokenizer and the teacher (or None); with --shard the models are spread over processes."""
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:
@@ -326,7 +326,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.shard and args.device == AUTO:
         raise ValueError("--shard spreads a model over processes, and --device auto over the GPUs of one: drop one")
     device, is_spread = device_of(args), args.device == AUTO
-    model, tokenizer = load_model(args, "cpu" if args.shard else None)  # no device holds all of a sharded model
+    model, tokenizer = load_model(args, "cpu" if args.shard else None)  # a sharded model need not fit on one device
     teacher = None
     if args.teacher and not args.server:
         teacher = load_teacher(args.teacher, tokenizer, model.dtype, device=AUTO if is_spread else "cpu")
@@ -341,7 +341,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _resume_message(out: Path, config: "DistillConfig") -> str:
-    """The message that says from where an interrupted run will resume."""
+    """A message that says where an interrupted run will resume."""
     from rbfast.training.checkpoints import last_checkpoint
 
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -380,7 +380,7 @@ def add_merge(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--base-only",
         action="store_true",
-        help="write MODEL as it is, without an adapter: a folder to load an exported LoRA on",
+        help="write MODEL unchanged, without an adapter: a base for an exported LoRA",
     )
 
 
@@ -396,7 +396,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
     if args.base_only == (args.adapter is not None):
         raise ValueError(
-            "name the folder of an adapter to merge, or give --base-only to write MODEL as it is; not both"
+            "name the folder of an adapter to merge, or give --base-only to write MODEL unchanged; not both"
         )
     if args.dtype is None and args.adapter is not None:
         trained_in = read_config(Path(args.adapter) / CONFIG_FILE).base_dtype
@@ -414,7 +414,7 @@ def add_export_lora(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     sub.add_argument("adapter", help="folder of a trained adapter")
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
-    sub.add_argument("--base", help="what the LoRA names as its base model: hub id or folder (default: MODEL's hub id)")
+    sub.add_argument("--base", help="base model to name in the LoRA: hub id or folder (default: MODEL's hub id)")
 
 
 def run_export_lora(args: argparse.Namespace) -> int:
@@ -430,8 +430,8 @@ def run_export_lora(args: argparse.Namespace) -> int:
 
 
 def _check_fits(base: str, adapter: "SparseAdapter", model: "PreTrainedModel") -> None:
-    """Raises ValueError if the local model `base` differs from the adapter's in its matrices' shapes or its vocabulary.
-    Its weights are not compared."""
+    """Raise ValueError if the local model `base` differs from the adapter's base in matrix shapes or vocabulary size.
+    Weights are not compared."""
     from rbfast.adapter.adapter_files import check_base
     from rbfast.models.linears import named_modules
     from rbfast.models.student import load_without_weights
@@ -451,8 +451,8 @@ def add_report(sub: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder that distill or demo wrote; what `rbfast eval -o` put there counts: a file whose name begins with "
-        "before is the base model's, any other the trained one's",
+        help="folder that distill or demo wrote; results of `rbfast eval -o` in it are shown: a file whose name begins "
+        "with before is of the base model, any other of the trained model",
     )
     sub.add_argument("-o", "--out", type=output_file, required=True, help=f"HTML file to write ({FILE_ONLY})")
 
@@ -466,7 +466,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def add_demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=output_folder, default="runs/demo", help="folder to write (default: runs/demo)")
-    sub.add_argument("--seeds", type=int, default=1, help="run it with so many seeds, from --seed on (default: 1)")
+    sub.add_argument("--seeds", type=int, default=1, help="number of seeds to run, from --seed on (default: 1)")
     add_device(sub)
 
 

@@ -31,7 +31,7 @@ class Transcript:
             )
 
     def last_line(self, answer: str | None, tokens: int, samples: int, votes: int) -> str:
-        """The line that says the result, for the caller to print."""
+        """The line with the result, for the caller to print."""
         voted = f", {votes} of {samples} samples agree" if samples > 1 else ""
         shown = "none" if answer is None else answer
         return f"{'' if self.quiet else chr(10)}answer: {shown} ({tokens} tokens{voted})"

@@ -52,7 +52,7 @@ def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys
     assert state.requests[0]["prompt"].startswith("<u>2+2?\n\n")
     state, server = start("So <answer>|4|</answer>")
     assert main(["solve", "m", "2+2?", "--server", server.url, "--json"]) == 0
-    assert "not its chat template" in capsys.readouterr().err
+    assert "the prompt is plain text, not the model's chat template" in capsys.readouterr().err
     assert state.requests[0]["prompt"].startswith("2+2?\n\n")
 
 
@@ -186,7 +186,7 @@ def test_the_command_line_shows_a_voted_answer_as_it_was_written(start, capsys, 
     [
         (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
         (["--tokenizer", "t"], "--tokenizer is for --server"),
-        (["--server", "http://127.0.0.1:9/v1", "--top-p", "0.9"], "--top-p is for sampling: give a --temperature"),
+        (["--server", "http://127.0.0.1:9/v1", "--top-p", "0.9"], "--top-p is for sampling: also give a --temperature"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(capsys, options, complaint):

@@ -92,16 +92,16 @@ def test_the_loss_may_be_another_divergence(setup, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rounds", "2"), "--rounds needs a --teacher"),
-        (("--samples", "2"), "--samples is for --rounds"),
-        (("--max-new-tokens", "9"), "--max-new-tokens is for --rounds"),
-        (("--sample-batch-size", "9"), "--sample-batch-size is for --rounds"),
-        (("--teacher", "x", "--server", "http://localhost/v1"), "--server is for --rounds"),
-        (("-k", "9"), "-k is for --rounds"),
-        (("--rounds", "2", "--teacher", "x", "-k", "9"), "-k is for a --server"),
-        (("--rounds", "2", "--teacher", "x", "--concurrency", "9"), "--concurrency is for a --server"),
+        (("--rounds", "2"), "--rounds needs --teacher"),
+        (("--samples", "2"), "--samples needs --rounds"),
+        (("--max-new-tokens", "9"), "--max-new-tokens needs --rounds"),
+        (("--sample-batch-size", "9"), "--sample-batch-size needs --rounds"),
+        (("--teacher", "x", "--server", "http://localhost/v1"), "--server needs --rounds"),
+        (("-k", "9"), "-k needs --rounds"),
+        (("--rounds", "2", "--teacher", "x", "-k", "9"), "-k needs --server"),
+        (("--rounds", "2", "--teacher", "x", "--concurrency", "9"), "--concurrency needs --server"),
         (("--rounds", "2", "--teacher", "x", "--server", "localhost"), "url must look like http://host:8000/v1"),
-        (("--rounds", "2", "--server", "http://localhost/v1"), "--rounds needs a --teacher"),
+        (("--rounds", "2", "--server", "http://localhost/v1"), "--rounds needs --teacher"),
         (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),
         (("--rounds", "2", "--held-out", "0.1"), "--held-out has no meaning with --rounds"),
         (("--rounds", "2", "--plan"), "--plan has no meaning with --rounds"),
@@ -125,7 +125,7 @@ def test_ctrl_c_says_from_where_it_will_go_on(setup, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(rounds._Rounds, "start", stop)
     assert distill(setup, tmp_path, *of_rounds(setup)) == 130
-    assert "what was written is kept; of the training there is no checkpoint yet" in capsys.readouterr().err
+    assert "the completions are kept; training: there is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_the_python_of_the_page_runs(setup, tmp_path, monkeypatch):

@@ -43,5 +43,6 @@ def test_a_model_is_spread_by_one_process_or_by_several(monkeypatch, capsys, tmp
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(auto) == 2
     assert (
-        "--device auto spreads a model over the GPUs of one process, and there are several" in capsys.readouterr().err
+        "--device auto spreads a model over the GPUs of one process, but several processes run"
+        in capsys.readouterr().err
     )
