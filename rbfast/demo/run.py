@@ -35,10 +35,10 @@ CONFIG = DistillConfig(batch_size=4, save_steps=30)
 
 
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo into the folder `out`; returns the content of `out/summary.json`.
+    """Run the demo into the folder `out`, and return the content of `out/summary.json`.
 
     The seed determines traces, problems, columns, their initial values and the order of training. An interrupted demo
-    resumes: a finished evaluation is read back, training continues from its checkpoint.
+    resumes: finished evaluations are read back, and training continues from its checkpoint.
     """
     out, start, config = Path(out), time.monotonic(), replace(CONFIG, seed=seed)
     model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
@@ -81,7 +81,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
 def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet: bool = False) -> dict[str, Any]:
     """Run the demo once for each seed, each in its own folder; `out/summary.json` covers all their problems together.
 
-    The gain of one training depends on rounding errors; `gains` shows by how much.
+    The gain of a single training varies with rounding errors; `gains` shows by how much.
     """
     out = Path(out)
     folders = [out / f"seed{seed}" for seed in seeds]
@@ -105,7 +105,7 @@ def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet:
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print the summary as a table: a line per family, the paired gain with its 95% interval."""
+    """Print the summary as a table: a line per family, with the paired gain and its 95% interval."""
     table = Table("family", "n", "before", "after", "gain (95% interval)")
     for name, row in [*summary["families"].items(), ("mean", summary["mean"])]:
         if name == "mean":

@@ -274,7 +274,7 @@ def _family_relationships(entry: dict[str, Any]) -> Worked:
     who, whose = entry["metadata"]["person1"], entry["metadata"]["person2"]
     kind, facts = _kinship(who, whose, spouse, parents)
     women = FamilyRelationshipsConfig().female_names
-    # For a child's spouse the generator's key is what the parent is to them, so the last step says the same.
+    # For a child's spouse, the generator's key is the relation of the parent to them, so the last step states that.
     who, whose = (whose, who) if kind == "parent-in-law" else (who, whose)
     answer = _KIN[kind][0 if who in women else 1]
     facts.append(f"{who} is {'female' if who in women else 'male'}.\nSo {who} is the {answer} of {whose}.")

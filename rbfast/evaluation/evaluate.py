@@ -58,7 +58,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`. It holds the whole completion, so that it can be graded again by other rules.
 
-        `system` is there only if the problem has one, `events` only if a guide intervened.
+        `system` is present only if the problem has one, `events` only if a guide intervened.
         """
         record: dict[str, Any] = {
             "task": self.problem.task,
@@ -90,7 +90,7 @@ class Decoding:
         max_new_tokens: the limit of a completion; with a guide, its budget applies instead.
         temperature: 0 for greedy decoding.
         label: a name for the model and its adapter.
-        instruction: what follows a problem; None: the tokenizer's default.
+        instruction: the text after a problem; None for the tokenizer's default.
     """
 
     max_new_tokens: int = 256
@@ -113,7 +113,7 @@ class Decoding:
         if self.guide is None and self.temperature == 0 and self.samples == 1:
             greedy = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
             return [[(completion, ())] for completion in greedy]
-        # A problem's draws must not depend on which others are left: a resumed run draws the same.
+        # A resumed run draws the same: a problem's draws do not depend on which others are left.
         seeds = [seed_named(f"{self.seed}:{problem.question}") for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
         guide = self.guide or Guide.plain(self.max_new_tokens)
@@ -131,23 +131,23 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **decoding: Any,
 ) -> list[Result]:
-    """Graded completions of every problem, in the order of `problems`, the samples of one next to each other.
+    """Graded completions of every problem, in the order of `problems`, with the samples of a problem side by side.
 
     Args:
-        keep: a JSONL file to which each batch of results is appended when it is done. Problems that it already holds
-            are not run again; they are graded again if their answer has changed since.
+        keep: a JSONL file to append each finished batch of results to. Problems already in it are not run again; they
+            are graded again if their answer has changed.
         progress: called with (problems done, problems in all) at the start and after each batch.
         decoding: the fields of `Decoding`.
 
     Raises:
-        ValueError: a number out of its range; `keep` holds results with another label or other decoding settings, or a
+        ValueError: a number is out of range; `keep` holds results with another label or other decoding settings, or a
             line that is not a result.
         OSError: `keep` cannot be written.
     """
-    how = Decoding(**decoding)
+    settings = Decoding(**decoding)
     if keep is not None:
         check_output(keep)  # fail now, not after the first batch
-    store = _ResultsFile(Path(keep), how) if keep is not None else None
+    store = _ResultsFile(Path(keep), settings) if keep is not None else None
     done = store.read(problems) if store else {}
     by_identity = {_identity(problem): problem for problem in problems}
     todo = [problem for identity, problem in by_identity.items() if identity not in done]
@@ -158,9 +158,9 @@ def evaluate(
             progress(sum(_identity(problem) in done for problem in problems), len(problems))
 
     report()
-    for rows in batches_by_length(lengths, max(1, batch_size // how.samples)):
+    for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
         batch = [todo[i] for i in rows]
-        written = how.write(model, tokenizer, batch, batch_size)
+        written = settings.write(model, tokenizer, batch, batch_size)
         for problem, completions in zip(batch, written, strict=True):
             results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
             done[_identity(problem)] = results
@@ -202,9 +202,9 @@ class _ResultsFile:
         self.settings = dict(json.loads(json.dumps(settings)))
 
     def read(self, problems: Sequence[Problem]) -> dict[_Identity, list[Result]]:
-        """The results of the problems with every sample in the file, graded against their current answers.
+        """The results of the problems whose samples are all in the file, graded against their current answers.
 
-        Removes the incomplete problems of a killed process from the file, and updates scores against other answers.
+        Removes problems that a killed process left incomplete from the file, and updates scores of changed answers.
         """
         known = {_identity(problem): problem for problem in problems}
         found: dict[_Identity, list[Result]] = {}
@@ -219,7 +219,7 @@ class _ResultsFile:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
             if (was := record.get("decoding")) != self.settings:
                 raise ValueError(
-                    f"{where}: holds results of another model or way of decoding: {_differences(was, self.settings)}; "
+                    f"{where}: holds results with another model or decoding: {_differences(was, self.settings)}; "
                     "name another file"
                 )
             if (problem := known.get(identity)) is not None:

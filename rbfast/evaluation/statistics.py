@@ -24,8 +24,8 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interv
     """The mean gain over the same problems, in [-1, 1], with a 95% interval.
 
     The interval is Agresti and Min's for matched proportions (Statistics in Medicine 24, 2005): two pseudo-problems
-    (half a loss, half a win, one unchanged) join the data before the normal approximation. So it has a width even if
-    every difference is the same, and is nearly [-1, 1] at n = 1. The mean is the plain one.
+    (half a loss, half a win, one unchanged) are added before the normal approximation. So the interval has a width even
+    if all differences are equal, and is nearly [-1, 1] at n = 1. They are not in the mean.
 
     Raises:
         ValueError: no problems, unequal lengths, or scores outside [0, 1].
@@ -80,7 +80,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         ValueError: k is below 1 or above the number of samples.
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(f"k must lie in 1 .. samples and correct in 0 .. samples, got {k}, {correct} of {samples}")
+        raise ValueError(f"expected 1 <= k <= samples and 0 <= correct <= samples, got {k=}, {correct=}, {samples=}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 

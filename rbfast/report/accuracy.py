@@ -21,8 +21,8 @@ from rbfast.report.read_run import (
 
 _BUDGETS = 32  # points of a curve that is computed from one evaluation
 NOTHING_MEASURED = (
-    "No completions in the folder. `rbfast eval MODEL --task TASK -o RUN/before.jsonl`, and the same with "
-    "`--adapter RUN -o RUN/after.jsonl`, measure the base model and the trained one."
+    "No completions in the folder. Run `rbfast eval MODEL --task TASK -o RUN/before.jsonl` to measure the base model, "
+    "and the same with `--adapter RUN -o RUN/after.jsonl` to measure the trained one."
 )
 
 _INTERVALS = "In brackets 95% intervals: Wilson's for shares, Agresti and Min's for the paired gain, in points."
@@ -82,13 +82,14 @@ def by_budget(run: RunFolder) -> Iterator[str]:
         return
     curves = _by_limit([other for other in run.measurements if other.drawn == measured.drawn])
     if curves:
-        yield picture(draw_budgets(curves), "Share solved by limit of tokens")
-        yield remark("Each point is an evaluation of its own, over the problems that all of them have.")
+        yield picture(draw_budgets(curves), "Share solved by token limit")
+        yield remark("Each point is a separate evaluation, over the problems that all of them share.")
     else:
-        yield picture(draw_budgets(_within_budgets(measured)), "Share solved within so many tokens")
+        yield picture(draw_budgets(_within_budgets(measured)), "Share solved within a token budget")
         yield remark(
             f"Counted from one evaluation ({_limit(measured)}): right, and finished within the budget. "
-            "Evaluations with other limits (`rbfast eval --max-new-tokens`) in the folder would be drawn in its place."
+            "Evaluations with other limits (`rbfast eval --max-new-tokens`), if the folder had any, would be drawn "
+            "instead."
         )
 
 

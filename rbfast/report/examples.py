@@ -19,7 +19,7 @@ def examples(run: RunFolder) -> Iterator[str]:
         yield remark(NOTHING_MEASURED)
         return
     roles = " ".join(f'<span class="{role}">{role}</span>' for role in ROLES)
-    yield f"<p>Colours are the roles that the splitter reads in the text: {roles}.</p>"
+    yield f"<p>Colours show the roles that the splitter finds in the text: {roles}.</p>"
     chosen = _choose_problems(measured)
     if not chosen:
         yield remark("No problem was measured both before and after the training.")
@@ -28,7 +28,7 @@ def examples(run: RunFolder) -> Iterator[str]:
 
 
 def _choose_problems(measured: Measurement) -> list[tuple[str, str]]:
-    """The first problem of every task that was gained, then that was lost, was never solved, was always solved."""
+    """The first problem of every task with each verdict: gained first, then lost, never solved, always solved."""
     after = measured.after or measured.before
     before = measured.before or after
     firsts: dict[tuple[int, str], tuple[str, str]] = {}
@@ -63,7 +63,7 @@ def _completion(side: str, record: Record) -> str:
 
 
 def _colour_roles(record: Record) -> str:
-    """The completion coloured by role, with each intervention marked in its place, with the text that it struck."""
+    """The completion coloured by role, with each intervention and the text that it struck marked in place."""
     text = record["completion"]
     marks: dict[int, str] = {}
     for event in record.get("events", ()):

@@ -19,7 +19,7 @@ import rbfast
 
 _DPI = 144  # 1.5 times the 96 of CSS: sharp on high-density screens
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*%?( \(.{1,30}\))?")
-_SMALLEST = 0.62  # least share of an image's width, to keep its text legible on a phone, where its box scrolls
+_SMALLEST = 0.62  # an image shrinks to this share of its width, then scrolls: its text stays legible on a phone
 _STYLE = """
 :root{color-scheme:light dark;--line:#ddd;--soft:#f6f6f6;--quiet:#666}
 @media(prefers-color-scheme:dark){:root{--line:#444;--soft:#242424;--quiet:#aaa}}

@@ -116,7 +116,7 @@ def draw_placement(modules: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def draw_scores(scores: Mapping[str, float]) -> Figure:
-    """A heat map of the score by which each matrix's columns were chosen, layers by matrices.
+    """A heat map of the score of each matrix's chosen columns, layers by matrices.
 
     Raises:
         ValueError: no score is above 0.
@@ -145,7 +145,7 @@ def _by_layer_and_kind(values: Mapping[str, float]) -> tuple[np.ndarray, list[in
 
 
 def _map_figure(layers: int, kinds: int, beside: float) -> Figure:
-    """A figure sized for a heat map of so many cells, plus `beside` inches of width."""
+    """A figure sized for a heat map of layers x kinds cells, plus `beside` inches of width."""
     width, height = max(5.0, 1.1 * kinds + beside), max(3.2, 0.21 * layers + 2.4)
     return Figure(figsize=(min(width, _WIDEST), min(height, _WIDEST)), layout="constrained")
 
@@ -227,7 +227,7 @@ def draw_budgets(curves: Mapping[str, Mapping[int, Interval]]) -> Figure:
         )
         axes.plot(budgets, means, color=colour, linewidth=2, marker="o", markersize=3, label=side)
         axes.fill_between(budgets, lows, highs, color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="tokens a completion may have", ylabel="solved (%)", ylim=(0, None), title="Accuracy by budget")
+    axes.set(xlabel="token budget", ylabel="solved (%)", ylim=(0, None), title="Accuracy by budget")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

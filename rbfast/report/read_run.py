@@ -63,8 +63,8 @@ class Measurement:
 class RunFolder:
     """A run as recorded in its folder; None means that a file is missing.
 
-    `cost` holds those of these that were recorded: trainable_percent, seconds (of everything), training_seconds,
-    peak_memory_mb, tokens_per_epoch, resumed.
+    `cost` may hold trainable_percent, seconds (of everything), training_seconds, peak_memory_mb, tokens_per_epoch and
+    resumed; those that were not recorded are missing.
     """
 
     path: Path

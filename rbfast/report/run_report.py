@@ -89,8 +89,8 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     rows = [(name, *_overview_row(run)) for name, run in zip(names, runs, strict=True)]
     links = " · ".join(f'<a href="#run{number}">{escape(name)}</a>' for number, name in enumerate(names))
     note = remark(
-        "Losses are means of the last tenth of the steps that had such tokens. "
-        "Shares solved compare only over the same problems."
+        "Losses are means over the last tenth of the steps that had tokens of the role. "
+        "Shares solved are comparable only over the same problems."
     )
     return f"{table(header, rows)}{note}<p>{links}</p>"
 
@@ -137,7 +137,7 @@ def _trained_values(adapter: AdapterConfig) -> int:
 
 
 def _traces(run: RunFolder) -> int:
-    """The number of traces trained on; for an unfinished run, the number it was given."""
+    """The number of traces trained on; for an unfinished run, the number given to it."""
     return int(run.settings["traces"]) - len(run.skipped or ())
 
 
@@ -178,12 +178,12 @@ def _training(run: RunFolder) -> Iterator[str]:
     ]
     yield table(("setting", "value"), shown)
     whole = json.dumps(settings | {"base_model": _base_model(run)}, indent=1, ensure_ascii=False)
-    yield f"<details><summary>every setting, as {RUN} holds it</summary><pre>{escape(whole)}</pre></details>"
+    yield f"<details><summary>all settings in {RUN}</summary><pre>{escape(whole)}</pre></details>"
     yield from _skipped(run)
     if run.datasheet is None:
         yield remark(
-            f"No {DATASHEET} in the folder: how the traces were picked is not known. Copy there the one that "
-            "`rbfast curate` wrote, and it is shown here."
+            f"No {DATASHEET} in the folder, so how the traces were picked is unknown. To show it here, copy the one "
+            "that `rbfast curate` wrote into the folder."
         )
         return
     yield "<h4>How the traces were picked</h4>"
@@ -206,7 +206,7 @@ def _skipped(run: RunFolder) -> Iterator[str]:
 
 def _placement(run: RunFolder) -> Iterator[str]:
     if run.adapter is None:
-        yield remark(f"No {CONFIG_FILE} in the folder: the adapter is not there.")
+        yield remark(f"No {CONFIG_FILE} in the folder: the adapter is missing.")
         return
     matrices = run.adapter.modules
     budget = (
@@ -224,14 +224,14 @@ def _losses(run: RunFolder) -> Iterator[str]:
     if run.log is None:
         yield remark(f"No {LOG} in the folder: the training has not finished.")
     elif not any(f"loss_{role}" in entry for entry in run.log for role in ROLES):
-        yield remark(f"{LOG} holds no loss by role.")
+        yield remark(f"{LOG} has no loss by role.")
     else:
         yield picture(draw_losses(run.log), "Loss of strategic, tactical and answer tokens by step")
         rows = [(role, _last_loss(run, role), _held_out_loss(run, f"_{role}")) for role in ROLES]
         width = 3 if any(held_out for *_, held_out in rows) else 2
         header = "tokens", "loss at the end", "of held-out traces"
         yield table(header[:width], [row[:width] for row in rows if any(row[1:])])
-        yield remark("At the end: the mean of the last tenth of the steps that had such tokens.")
+        yield remark("At the end: the mean over the last tenth of the steps that had tokens of the role.")
 
 
 def _cost(run: RunFolder) -> Iterator[str]:
@@ -239,8 +239,8 @@ def _cost(run: RunFolder) -> Iterator[str]:
     training = _duration(cost.get("training_seconds"))
     shown = [
         ("training", training and training + (", since it was resumed" if cost.get("resumed") else "")),
-        ("tokens trained on, an epoch", cost.get("tokens_per_epoch") and f"{cost['tokens_per_epoch']:,}"),
-        ("all, evaluation included", _duration(cost.get("seconds"))),
+        ("tokens trained on, per epoch", cost.get("tokens_per_epoch") and f"{cost['tokens_per_epoch']:,}"),
+        ("total, including evaluation", _duration(cost.get("seconds"))),
         ("peak memory", cost.get("peak_memory_mb") and f"{cost['peak_memory_mb'] / 1024:.1f} GiB"),
     ]
     yield table(("what", "how much"), [(what, value or "not recorded") for what, value in shown])

@@ -18,8 +18,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it to `path` at the end. On an error it is deleted, and `path`
     stays as it was.
 
-    Text is UTF-8; half a surrogate pair, which UTF-8 cannot hold, is written as its escape in JSON. Also deletes
-    temporary files that killed processes left. If `path` is a symlink, its target is replaced.
+    Text is UTF-8; a lone surrogate, which UTF-8 cannot encode, is written as its JSON escape. Also deletes temporary
+    files that killed processes left. If `path` is a symlink, its target is replaced.
     Raises OSError if `path` is a folder, a device or a pipe.
     """
     path = resolve_target(path)
@@ -28,7 +28,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by an earlier process with the same id
-    mode = mode.replace("w", "x")  # a symlink that someone planted under this name is not followed
+    mode = mode.replace("w", "x")  # do not follow a symlink that someone planted under this name
     text = {} if "b" in mode else _TEXT
     try:
         with name_file_in_errors(path):
@@ -110,7 +110,7 @@ def resolve_target(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path, *, folder: bool = False) -> None:
-    """Checks that a file or folder of this name can be written, before the work whose result goes there.
+    """Checks that a file or folder of this name can be written, before the work that produces it.
 
     Leaves nothing behind. Raises OSError, naming `path`, if it cannot be written.
     """
@@ -131,7 +131,7 @@ def check_output(path: str | Path, *, folder: bool = False) -> None:
 
 @contextmanager
 def name_file_in_errors(path: str | Path) -> Iterator[None]:
-    """Adds the file name to an OSError without one: a write to a full disk says only that it is full."""
+    """Adds the file name to an OSError without one, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -181,7 +181,7 @@ class Journal:
         return ((where, record) for where, _, record in self.read_with_offsets())
 
     def read_with_offsets(self) -> Iterator[tuple[str, int, Any]]:
-        """As `read`, with the offset at which `read_at` finds the record again."""
+        """As `read`, with the offset of each record, for `read_at`."""
         if not self.path.exists():
             return
         self._repair_end()
@@ -213,7 +213,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
-                os.truncate(self.path, start)  # a record after half a one could not be read
+                os.truncate(self.path, start)  # a record after half a record could not be read
             raise
         return start
 
@@ -232,14 +232,14 @@ class Journal:
         except RecursionError:
             return
         except ValueError:
-            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # otherwise it was no record: keep it, `read` reports it
+            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # anything else was no record: `read` reports it
                 os.truncate(self.path, self.path.stat().st_size - len(last))
         else:
             with self.path.open("ab") as file:
                 file.write(b"\n")
 
     def _last_line(self) -> bytes:
-        """What follows the last line break. The file may be larger than the memory."""
+        """The bytes after the last line break, read backwards: the file may not fit in memory."""
         last = b""
         with self.path.open("rb") as file:
             start = file.seek(0, os.SEEK_END)

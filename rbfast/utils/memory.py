@@ -1,7 +1,7 @@
 """Returning free memory to the OS: the C library keeps the gaps between tensors of many sizes.
 
-On a CPU a run over examples of all lengths grows to several times its peak use. Trimming now and then keeps it near
-that; trimming more often would make every step request the same pages again.
+On a CPU, a run over examples of many lengths grows to several times its peak use. Trimming now and then keeps it near
+its peak use; trimming more often would make every step request the same pages again.
 """
 
 import ctypes

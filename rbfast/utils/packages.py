@@ -1,5 +1,4 @@
-"""Imports of optional packages, with what to install if one is missing, and what to do if rbfast's own compiled code is
-missing."""
+"""Imports of optional packages, with advice if one of them, or rbfast's own compiled code, is missing."""
 
 from importlib import import_module
 from pathlib import Path

@@ -11,7 +11,7 @@ from rich.table import Column
 
 def bar(title: str, quiet: bool = False) -> Progress:
     """A bar with counts, elapsed and remaining time, then the task's description."""
-    whole = Column(no_wrap=True)  # a narrow terminal takes its room from the bar alone
+    whole = Column(no_wrap=True)  # on a narrow terminal only the bar shrinks
     return Progress(
         TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),  # it may be the name of a file
         BarColumn(),

@@ -25,7 +25,7 @@ def seal(data: bytes) -> bytes:
 
 
 def check_seal(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises SafetensorError if its digest is not that of its content."""
+    """The metadata of a safetensors file. Raises SafetensorError if its digest does not match its content."""
     header, body = _split(data)
     metadata = header.get(_METADATA) or {}
     if _DIGEST in metadata and metadata[_DIGEST] != _digest(header, body):

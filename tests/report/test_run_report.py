@@ -182,7 +182,7 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
         "after": {64: 3 / 8, 128: 5 / 8, 256: 7 / 8}
     }
     page = Page(page_of(run))
-    assert "an evaluation of its own" in page.text and "at most 128 tokens" in page.text
+    assert "a separate evaluation" in page.text and "at most 128 tokens" in page.text
 
 
 def test_a_guided_evaluation_is_a_measurement_of_its_own(tmp_path: Path) -> None:
