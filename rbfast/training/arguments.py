@@ -1,5 +1,5 @@
-"""TrainingArguments for a model that is already on its training device, and checks of what a Trainer needs: installed
-trackers, and a process without another training."""
+"""TrainingArguments for a model that is already on its training device, and checks that trackers are installed and that
+no other training runs in this process."""
 
 import os
 import threading
@@ -42,13 +42,13 @@ class DeviceArguments(TrainingArguments):
 def sole_training() -> Iterator[None]:
     """Raises RuntimeError if another thread of this process is in such a block.
 
-    accelerate keeps one state for the process, with whether a batch is the last of its step: of two trainings at a time
-    each would skip steps of its optimizer.
+    accelerate keeps one state per process, which says whether a batch is the last of its step: two trainings at a time
+    would make each other skip optimizer steps.
     """
     if not _TRAINING.acquire(blocking=False):
         raise RuntimeError(
             "another thread of this process is training, and two at a time would disturb each other: train one after "
-            "the other, or each in a process of its own"
+            "the other, or in separate processes"
         )
     try:
         yield

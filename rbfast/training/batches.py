@@ -14,7 +14,7 @@ _OPEN_BATCHES = 32  # batches still being filled; each trace scans all of them, 
 
 
 def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> list[list[Example]]:
-    """Batches of at most `tokens` tokens, each trace in one of them. A longer trace is alone in its batch.
+    """Batches of at most `tokens` tokens, with each trace in one of them. A longer trace is alone in its batch.
 
     The traces are shuffled, and each goes into the first batch with room for it. The same examples, tokens and seed
     give the same batches, on every process and after a restart. A trainer shuffles the order of batches, not their

@@ -20,7 +20,7 @@ from rbfast.utils.files import write_text
 
 DIGESTS = "digests.json"
 KEPT = 2  # checkpoints, not counting the one that is being written
-UNFINISHED = "unfinished"  # where a checkpoint is written
+UNFINISHED = "unfinished"  # folder of the checkpoint that is being written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -39,15 +39,15 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def check_disk_space(folder: Path, values: int) -> None:
-    """Raises OSError if the disk has no room for the checkpoints and the adapter of a run that trains so many fp32
-    values. Otherwise the run would fail later, and its training would be lost. The checkpoints that a resumed run finds
+    """Raises OSError if the disk has no room for the checkpoints and the adapter of a run that trains `values` fp32
+    values. Otherwise the run would fail later, and its training would be lost. Existing checkpoints of a resumed run
     need no more room: later ones replace them."""
     checkpoint = 3 * 4 * values  # values and the two moments of AdamW
     found = min(KEPT, len(checkpoints_in(folder / "checkpoints")))
     needed = (KEPT + 1 - found) * checkpoint + 4 * values
     free = shutil.disk_usage(folder).free
     if free < needed:
-        reason = f"{megabytes(free)} are free, and the checkpoints and the adapter take {megabytes(needed)}"
+        reason = f"{megabytes(free)} are free, but the checkpoints and the adapter need {megabytes(needed)}"
         raise OSError(errno.ENOSPC, f"{reason}; free some or name a folder on another disk", str(folder))
 
 

@@ -94,25 +94,25 @@ def distill(
     """Trains an adapter of `model` on `traces` and saves it in `out`. The model is left with the adapter attached, in
     its previous mode; after a failure or an interruption it is left unchanged.
 
-    Called again with the same arguments it resumes from the last checkpoint, or loads a finished run. The number of
-    processes may change, if an optimizer step takes as many traces as before (docs/distributed.md).
+    Called again with the same arguments, it resumes from the last checkpoint, or loads a finished run. The number of
+    processes may change if an optimizer step still takes the same number of traces (docs/distributed.md).
 
     Args:
         signals: a folder of log-probs that `rbfast teach` wrote, or its parent. Traces without log-probs are trained on
             their text; a warning counts them.
         teacher: a model with the student's vocabulary that runs beside it, for tokens without signals.
         adapter: the folder of a trained adapter of this model to continue from, instead of a new one. It keeps its
-            shape and columns, so the config may set none. AdamW and the schedule start over.
-        held_out: traces whose loss is measured before the first step, at every checkpoint and at the end; or the share
-            of the problems in `traces` whose traces are measured and not trained on.
-        keep_best: end with the adapter of the checkpoint with the lowest held-out loss, not with the last one.
+            shape and columns, so the config must not set them. AdamW and the schedule start over.
+        held_out: traces to measure the loss on, before the first step, at every checkpoint and at the end; or the share
+            of the problems in `traces` to measure instead of training on them.
+        keep_best: end with the adapter of the checkpoint with the lowest held-out loss, not the last one.
         report_to: trackers that get the losses as they are logged, by transformers' names ("wandb", "tensorboard").
 
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's position table; `signals` covers none
             of the traces; `out` holds a run with other settings, model, traces or teacher, or a damaged file, or is not
-            the same folder on all processes, or another run writes into it; `held_out` leaves none to train on or to
-            measure; `keep_best` without `held_out`; a gradient is NaN or infinite.
+            the same folder on all processes, or another run writes into it; `held_out` leaves no trace to train on or
+            to measure; `keep_best` is set without `held_out`; a gradient is NaN or infinite.
         TypeError: `traces` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
@@ -155,8 +155,8 @@ def distill(
 class TrainingData:
     """The encoded examples of a run.
 
-    settings: what run.json says of them. system: the system prompt that all share. is_on_policy: the student wrote
-    them, so the loss of a role that is logged is its divergence: its cross-entropy says nothing of what it learns.
+    settings: their description in run.json. system: the system prompt that all share. is_on_policy: the student wrote
+    them, so the logged loss of a role is its divergence: its cross-entropy would not show what the student learns.
     cache: the bytes of the key-value cache while it writes them.
     """
 
@@ -184,7 +184,7 @@ def train_examples(
     progress: TrainingBar | None = None,
     start: float,
 ) -> Run:
-    """The training of `distill`, on examples that are already encoded. start: when the call began."""
+    """The training of `distill`, on encoded examples. start: `time.monotonic()` at the start of the call."""
     is_first = is_first_process()  # all processes share the folder, and only the first one writes
     examples = data.examples
     settings = run_settings(model, asdict(config)) | data.settings
@@ -193,7 +193,7 @@ def train_examples(
     if adapter is not None:
         settings |= {"adapter": _starting_adapter_digest(adapter, config, out)}
     check_same_run(out, settings)
-    # A run that was killed while it removed its checkpoints is finished, and may have left a part of one.
+    # A run that was killed while it removed its checkpoints is finished, but may have left a partial one.
     checkpoint = None if (out / LOG).exists() else last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
     if data.held_out:
@@ -206,7 +206,7 @@ def train_examples(
         check_output(out, folder=True)
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with preserve_mode(model), _detach_on_failure(trained), lock_folder(out) if is_first else nullcontext():
-        if is_first:  # not before: a run that could not begin leaves its folder to other settings
+        if is_first:  # not earlier: a run that fails to start must not tie its folder to its settings
             write_text(out / RUN, json.dumps(settings, indent=1))
             write_prompt(out, tokenizer, replace(instruction_of(tokenizer, config), system=data.system))
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
@@ -291,7 +291,7 @@ def _plan_batches(
 
 
 def with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
-    """A student that is trained again is asked as before, unless the config says otherwise."""
+    """The config with the instruction that the adapter or the model was trained with, unless it sets its own."""
     if config.instruction is not None:
         return config
     saved = saved_instruction(adapter, model.config.name_or_path)
@@ -350,7 +350,7 @@ def _save(run: Run, out: Path, settings: dict[str, Any], examples: Sequence[Exam
         "plan": None if run.plan is None else run.plan.to_dict(),
     }
     write_text(out / RUN, json.dumps(settings | cost, indent=1))
-    write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
+    write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it marks the run as finished
     remove_checkpoints(out / "checkpoints")
 
 
@@ -402,10 +402,10 @@ def _add_signals(
     store.fill(eval_examples)
     if missing == len(examples):
         raise ValueError(
-            f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
-            "was it made for other traces, or for a student with another tokenizer?"
+            f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token: use a "
+            "folder made for these traces and this student's tokenizer"
         )
-    without = sum(example.teacher_ids is None for example in examples)  # a trace may bring its own
+    without = sum(example.teacher_ids is None for example in examples)  # a trace may have its own
     if without and is_first_process():
         warnings.warn(
             f"{without} of {len(examples)} traces have no log-probs in {signals}: they learn from {otherwise}",
@@ -474,7 +474,7 @@ def _training_arguments(
         seed=config.seed,
         train_device=str(model.device),
         dataloader_pin_memory=False,
-        ddp_broadcast_buffers=False,  # every process has the same, and they do not change
+        ddp_broadcast_buffers=False,  # the buffers are the same on every process and do not change
         ddp_find_unused_parameters=False,
         **others,
     )

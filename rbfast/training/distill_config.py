@@ -24,13 +24,13 @@ class DistillConfig:
             (docs/training.md).
         batch_size, accumulation: traces per batch, and batches per optimizer step, on each process.
         tokens_per_batch: the most tokens in a batch, instead of batch_size. A longer trace is alone in its batch.
-        gradient_checkpointing: keep only the input of each layer, and run the layer again for its backward.
+        gradient_checkpointing: keep only the input of each layer, and rerun the layer for its backward.
         warmup: the share of the steps before the peak learning rate.
         schedule: the decay of the learning rate from its peak: linear or cosine to zero, or constant.
         max_tokens: longer traces are left out and listed, never cut.
-        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is what the adapter
-            or the merged model to go on with was trained with, else "boxed" for a student whose chat template thinks,
-            and "answer" for another.
+        instruction: the text after the problem in a prompt: "answer", "boxed", "none" or a text. None is the one that
+            the adapter or merged model to continue from was trained with, else "boxed" if the student's chat template
+            has thinking, and "answer" otherwise.
         turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
@@ -62,7 +62,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", [*self.targets])  # as JSON gives it back
+            object.__setattr__(self, "targets", [*self.targets])  # as JSON returns it
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
         for name in ("epochs", "learning_rate"):

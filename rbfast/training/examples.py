@@ -41,7 +41,7 @@ def encode_traces(
 def encode_held_out(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> list[Example]:
-    """Encodes held-out traces. Warns of those that cannot be measured."""
+    """Encodes held-out traces. Warns if some cannot be measured."""
     if not traces:
         return []
     examples, skipped = encode_traces(traces, tokenizer, config)
@@ -53,8 +53,8 @@ def encode_held_out(
 
 
 def check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raises ValueError if an example is longer than the model's position table, if it has one (GPT-2, OPT): the run
-    would fail at that example. Warns if one is longer than the model's max_position_embeddings."""
+    """Raises ValueError if the model has a position table (GPT-2, OPT) and an example is longer: the run would fail at
+    that example. Warns if one is longer than the model's max_position_embeddings."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.input_ids) for example in examples)
@@ -63,15 +63,15 @@ def check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None
     tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
     if any(0 <= table.num_embeddings - limit <= 2 for table in tables):  # OPT's table has two rows more
         raise ValueError(
-            f"the longest trace has {longest} tokens, and {type(model).__name__} has {limit} positions: "
+            f"the longest trace has {longest} tokens, but {type(model).__name__} has {limit} positions: "
             f"set max_tokens (--max-tokens) to {limit}, which leaves longer traces out"
         )
     if all(rope["rope_type"] == "default" for rope in rotary_embeddings(config)):  # others stretch the positions
         beyond = sum(len(example.input_ids) > limit for example in examples)
         warnings.warn(
             f"{beyond} of {len(examples)} traces are longer than the {limit} positions that this model was made for "
-            f"(max_position_embeddings; the longest has {longest} tokens): it may write worse beyond them; max_tokens "
-            f"(--max-tokens) {limit} leaves them out",
+            f"(max_position_embeddings; the longest has {longest} tokens): it may write worse beyond them; set "
+            f"max_tokens (--max-tokens) to {limit} to leave these traces out",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""A merged student as a folder that others can run: its weights, its tokenizer, and the prompt of its training."""
+"""A merged student as a folder that others can run: its weights, its tokenizer, and the prompt it was trained with."""
 
 import shutil
 import stat
@@ -49,7 +49,7 @@ def _staged_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterat
     with staged_files(folder) as files:
         try:
             model.save_pretrained(files)
-        except SafetensorError as error:  # for example of a full disk
+        except SafetensorError as error:  # for example on a full disk
             raise OSError(f"{folder}: the weights cannot be written: {error}") from error
         tokenizer.save_pretrained(files)
         if base and non_text_linears(model):
@@ -87,17 +87,17 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
     lines = [
         "# A student trained with rbfast",
         f"These are the merged weights of a student that was distilled on reasoning traces.{origin}",
-        "## How to ask it",
+        "## How to prompt it",
         _prompt_section(instruction),
     ]
     if template.switches:
         switches = ", ".join(f"`{name}={value}`" for name, value in template.switches.items())
-        lines.append(f"Its chat template must be told {switches} (`chat_template_kwargs` of a server).")
+        lines.append(f"Its chat template needs {switches} (`chat_template_kwargs` of a server).")
     if template.thinks:
         lines.append(f"It thinks first. The thinking ends with `{template.close}`; the answer follows.")
     lines += [
         f"A turn ends with `{tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))}`.",
-        "The whole prompt of a problem, as it was trained:",
+        "The whole prompt of a problem, as in training:",
         f"```\n{format_prompt('PROBLEM', tokenizer, instruction)}\n```",
     ]
     return "\n\n".join(lines) + "\n"
@@ -106,5 +106,5 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
 def _prompt_section(instruction: Instruction) -> str:
     if not instruction.text:
         return "Send the problem as it is, in one user message."
-    where = "Put this after the problem, in the same message; the student does worse without:"
+    where = "Put this after the problem, in the same message; the student does worse without it:"
     return f"{where}\n\n```\n{instruction.text}\n```"  # as code: `<answer>` would be an element of HTML

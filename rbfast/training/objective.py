@@ -110,7 +110,7 @@ def token_losses(
         signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], taught_rows))
         share.index_fill_(0, taught_rows, objective.ce_share)
         rows = torch.cat([taught_rows, text_rows])
-    if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # sharded: it runs on every process or on none
+    if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # if sharded, it must run on every process
         signals.append(_online_signal(teacher, batch, text_rows, hidden.device))
         share.index_fill_(0, text_rows, objective.ce_share)
     kl_weight, ce_weight = weight * (1 - share), weight * share
@@ -137,8 +137,8 @@ def token_losses(
 
 @torch.no_grad()
 def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor, device: torch.device) -> Dense:
-    """The full distribution of a teacher at some rows of a batch. Its logits are not materialised either."""
-    # A student with more embeddings may write one that has no token, and that its teacher lacks.
+    """The full distribution of a teacher at some rows of a batch, without materialising its logits."""
+    # A student with more embeddings than its teacher may write an id that the teacher lacks.
     embeddings: Any = teacher.get_input_embeddings()
     ids = batch["input_ids"].clamp(max=len(embeddings.weight) - 1)
     hidden = final_hidden(teacher, ids, batch["position_ids"], batch["lengths"])

@@ -36,12 +36,12 @@ class Plan:
         weights, teacher_weights: of the frozen models.
         adapter: A and B and the original columns. optimizer: the gradients and moments of A and B.
         tokens, batches: per epoch; largest: the tokens of the largest batch.
-        left_out: traces that do not fit; they are not counted in the above.
+        left_out: traces that do not fit or cannot be rendered; not counted above.
         kept: activations of the largest batch, saved for its backward.
         kept_checkpointed: the same with gradient checkpointing; None if the model does not support it.
         loss: the logits of one chunk, and hidden states and their gradient.
         cache: the key-value cache while the student writes, in on-policy rounds; freed before it is trained.
-        device, memory: all on which the student is; memory is None if unknown.
+        device, memory: the student's devices, and their memory together, None if unknown.
     """
 
     device: str
@@ -90,11 +90,11 @@ class Plan:
             "teacher": megabytes(self.teacher_weights),
             "adapter": f"{self.trained:,} trained ({self.trained / self.parameters:.3%}), {megabytes(self.adapter)}; "
             f"gradients and AdamW {megabytes(self.optimizer)}",
-            "batches": f"{self.batches:,} an epoch of {self.tokens:,} tokens; the largest has {self.largest:,}",
-            "left out": f"{self.left_out:,} of the traces: too long, or not to be rendered; skipped.jsonl lists them",
+            "batches": f"{self.batches:,} per epoch of {self.tokens:,} tokens; the largest has {self.largest:,}",
+            "left out": f"{self.left_out:,} of the traces: too long or impossible to render; skipped.jsonl lists them",
             "activations": self._activations(),
             "loss": megabytes(self.loss),
-            "writing": f"at most {megabytes(self.cache)} of key-value cache, not at the same time as the above two",
+            "writing": f"at most {megabytes(self.cache)} of key-value cache, freed before the student is trained",
             "attention": self.attention,
             "memory": self._memory(),
         }
@@ -190,7 +190,7 @@ def _saved_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that autograd saves for a row of `tokens` tokens, weights among them."""
+    """Bytes that autograd saves for a row of `tokens` tokens, weights included."""
     sizes: dict[int, int] = {}  # by the address of a storage
 
     def keep(x: Tensor) -> Tensor:

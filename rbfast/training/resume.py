@@ -53,7 +53,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     stored = read_json(folder / RUN, {})
     if stored is None:
         return
-    ignored = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
+    ignored = {"processes", "traces_per_step", "tokens_per_step"}  # checked below if the run is not finished
     ignored |= {"gradient_checkpointing", "save_steps"}  # these do not change the result
     if (folder / LOG).exists():
         ignored |= {"dtype"}  # a trained adapter can be attached to a base of any dtype
@@ -61,7 +61,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         ignored |= {"batch_size", "accumulation"}
         unit, size = _batch_size(settings)
         step, now = (of.get(f"{unit}_per_step") for of in (stored, settings))
-        if step not in (None, now):  # None: that run counts in the other unit, so tokens_per_batch differs
+        if step not in (None, now):  # None: the stored run counts the other unit, so tokens_per_batch differs
             raise ValueError(
                 f"{folder} holds a run whose optimizer steps take {step} {unit}, now they would take {now}: batch size "
                 f"{size} x accumulation {settings['accumulation']} x {settings['processes']} process(es); "
@@ -77,7 +77,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _is_same(name: str, stored: Any, now: Any) -> bool:
-    """A folder may be written in several ways: `base`, `base/` or whole."""
+    """Whether two values of a setting are equal. A folder may be given as `base`, `base/` or an absolute path."""
     if name in ("base_model", "teacher") and isinstance(stored, str) and isinstance(now, str):
         return Path(stored).resolve() == Path(now).resolve()
     return bool(stored == now)

@@ -35,7 +35,7 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
         device: the type of device for the shards ("cuda", "cpu"); None is the model's.
 
     Raises:
-        ValueError: there is only one process, the number of processes is no multiple of `over`, the model has an
+        ValueError: there is only one process, the number of processes is not a multiple of `over`, the model has an
             adapter attached, or it does not name the class of its layers.
     """
     check_attachable(model)
@@ -48,15 +48,15 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
 def _shard_weights(model: PreTrainedModel, over: int | None, device: str) -> None:
     PartialState(cpu=device == "cpu")  # joins the process group that torchrun or accelerate started
     if not dist.is_initialized():
-        raise ValueError("a model is sharded over processes, and this is the only one: start them with torchrun")
+        raise ValueError("a model is sharded over processes, but this is the only one: start several with torchrun")
     processes = dist.get_world_size()
     over = processes if over is None else over
     if over < 1 or processes % over:
-        raise ValueError(f"{processes} processes can't share copies by {over}: expected a divisor of {processes}")
+        raise ValueError(f"over (--shard) must divide the number of processes, {processes}, got {over}")
     layers = set(model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in layers]
     if not units:
-        raise ValueError(f"{type(model).__name__} names no class of layers (_no_split_modules) that could be gathered")
+        raise ValueError(f"{type(model).__name__} cannot be sharded: it names no class of layers (_no_split_modules)")
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
         units += ends  # otherwise they would be gathered for the backward, which does not need them

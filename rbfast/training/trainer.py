@@ -1,8 +1,8 @@
 """A minimal trainer: transformers.Trainer with the hierarchical objective, an adapter, and padding-free batches.
 
-    examples, left_out = encode_all(traces, tokenizer)                       # of rbfast.data.encoding
+    examples, left_out = encode_all(traces, tokenizer)                       # from rbfast.data.encoding
     trainer = DistillTrainer(model, adapter, args, train_dataset=examples)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))   # of rbfast.training.checkpoints
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))   # from rbfast.training.checkpoints
 
 The objective is L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens, with denominators
 that are global over the accumulated batch and over all processes. The forward stops at the last hidden state: full
@@ -45,7 +45,7 @@ _MAX_WEIGHT = 4096.0  # of a token's loss in an fp16 student; fp16 ends at 65504
 
 
 class Student(nn.Module):
-    """Base model and adapter as one module whose parameters, for optimizers, clipping and DDP, are the adapter's.
+    """Base model and adapter as one module. Its parameters, for optimizers, clipping and DDP, are the adapter's.
 
     The frozen base is not a submodule: a Trainer walks over all parameters several times a step, and DDP copies them.
     """
@@ -59,7 +59,7 @@ class Student(nn.Module):
         self.__dict__["model"] = model
         self._trained = list(adapter.parameters())
         if is_spread(model):
-            self.hf_device_map = model.hf_device_map  # a Trainer moves no model that has one
+            self.hf_device_map = model.hf_device_map  # a Trainer does not move a model that has one
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
@@ -75,7 +75,7 @@ class Student(nn.Module):
         return self if self.training == mode else super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Student":
-        """Applies to the base too (`to(device)` and the like), unless it is sharded or on several devices."""
+        """Applies `fn` to the base too (for `to(device)` and the like), unless it is sharded or on several devices."""
         if not (is_sharded(self.model) or is_spread(self.model)):
             self.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -104,14 +104,13 @@ class DistillTrainer(Trainer):
         logs_divergence: bool = False,
         **kwargs: Any,
     ) -> None:
-        """args: copied, so the caller's are left as they are.
+        """args: copied, so the caller's are not changed.
         tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
-        logs_divergence: the loss of a role that is logged is its mean divergence from the teacher, not its mean
-            cross-entropy.
+        logs_divergence: log the mean divergence from the teacher as the loss of a role, not the mean cross-entropy.
 
         Raises:
-            ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here; the
-                teacher is the student, or the adapter is not attached to the model.
+            ValueError: a Trainer option is set that has no effect here (on its loss, logits or embeddings); the teacher
+                is the student, or the adapter is not attached to the model.
             TypeError: the examples are a stream, which has no length.
         """
         _refuse_unused(args, kwargs)
@@ -149,7 +148,7 @@ class DistillTrainer(Trainer):
             self.add_callback(_TrimMemory())
         if self.is_fsdp_enabled:
             raise ValueError(
-                "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
+                "the Trainer's FSDP cannot shard the frozen base alone: launch without it, and call "
                 "rbfast.training.sharding.shard(model) "
                 "before the adapter is attached (`rbfast distill --shard PROCESSES`)"
             )
@@ -187,7 +186,7 @@ class DistillTrainer(Trainer):
         return loss
 
     def _sharing_gradients(self) -> AbstractContextManager[None]:
-        if isinstance(self.adapter, SparseAdapter) and not self._scales_gradients:  # whose hooks need every gradient
+        if isinstance(self.adapter, SparseAdapter) and not self._scales_gradients:  # _unscale needs every gradient
             return self.adapter.sharing_gradients()
         return nullcontext()
 
@@ -234,13 +233,13 @@ class DistillTrainer(Trainer):
 
     def _drop_repeated_labels(self, batch: dict[str, Any], size: int, left: int) -> None:
         """Removes the labels of repeated items. Every process gets the same number of batches of `size` items. If only
-        `left` items remain for the last ones, the epoch's first items fill them up, which must not count twice."""
+        `left` items remain for the last batches, the epoch's first items fill them up; these must not count twice."""
         own = max(left - size * self.args.process_index, 0)
         if left and own < size:
             mask_targets_from(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
-        """The loss of a batch to train on. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""
+        """The training loss of a batch. `model` is the `Student`; `num_items_in_batch` has token counts by role [3]."""
         counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
@@ -258,9 +257,9 @@ class DistillTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _scale_for(self, hidden: Tensor, largest: Tensor) -> Tensor:
-        """The scale of gradients in an fp16 student: a power of two near the step's number of tokens, by which the loss
-        divides them. Without it many would underflow. `largest`, the largest weight of a token, times the scale stays
-        far below fp16's maximum."""
+        """The scale of gradients in an fp16 student: a power of two near the step's number of tokens, which the loss
+        divides by. Without the scale many gradients would underflow. The scale times `largest`, the largest weight of a
+        token, stays far below fp16's maximum."""
         tokens = hidden.shape[0] * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return torch.log2(_MAX_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
 
@@ -332,7 +331,7 @@ class DistillTrainer(Trainer):
             self.args.output_dir = str(final)
 
     def _update_best_name(self, folder: Path, written: Path) -> None:
-        """If the checkpoint just written is the best one, records the name that it is about to get."""
+        """If the checkpoint just written is the best one, records its final name."""
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == written:
             self.state.best_model_checkpoint = str(folder / written.name)
@@ -364,13 +363,13 @@ def _check_inputs(model: nn.Module, adapter: nn.Module, train_dataset: object, t
         head = head_of(model)
         if name := next((name for name, site in adapter.sites().items() if site.linear is head), None):
             raise ValueError(
-                f"{name} is the output head, whose weight the loss uses without running the layer, so its delta would "
-                "learn nothing: leave it out of targets"
+                f"{name} is the output head: the loss uses its weight without running the layer, so its delta would "
+                "learn nothing; leave it out of targets"
             )
     if teacher is model:
         raise ValueError(
             "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the teacher as "
-            "a model of its own"
+            "a separate model"
         )
     if not isinstance(train_dataset, Sized):
         raise TypeError(
@@ -419,7 +418,7 @@ class StopAtNaN(TrainerCallback):
         if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
             raise ValueError(
                 f"the gradient of step {state.global_step} is NaN or infinite, so the training has diverged: train "
-                "with a lower learning rate, or a float16 model in bfloat16 or float32, into another folder"
+                "into another folder, with a lower learning rate, or in bfloat16 or float32 if the model is float16"
             )
 
 

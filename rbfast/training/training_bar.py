@@ -10,8 +10,8 @@ from rbfast.utils.progress import bar
 class TrainingBar(TrainerCallback):
     """A progress bar on stderr, with the loss of each role and of held-out traces.
 
-    Prints the step that a run resumes at first.
-    Always close it, also after a failure: a running bar hides the terminal's cursor and redraws itself.
+    Prints the step at which a run resumes.
+    Always close it, even after a failure: a running bar hides the terminal's cursor and redraws itself.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -29,7 +29,7 @@ class TrainingBar(TrainerCallback):
         self.shown |= {name[5:]: value for name, value in logs.items() if name.startswith("loss_")}
         self.shown |= {"held-out": logs["eval_loss"]} if "eval_loss" in logs else {}
         losses = [f"{name} {value:.3f}" for name, value in self.shown.items()]
-        # Two in a line: a terminal of 80 columns holds no four beside the bar.
+        # Two per line: four do not fit beside the bar in a terminal of 80 columns.
         lines = "\n".join("  ".join(losses[i : i + 2]) for i in range(0, len(losses), 2))
         self.bar.update(self.task, completed=state.global_step, description=lines)
 

@@ -318,7 +318,7 @@ def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp
         if positions == longest:
             assert distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True).log_history
         else:
-            with pytest.raises(ValueError, match=f"has {longest} tokens, and .* {positions} positions: set max_tokens"):
+            with pytest.raises(ValueError, match=f"has {longest} tokens, but .* {positions} positions: set max_tokens"):
                 distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True)
 
 
@@ -369,7 +369,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_pa
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         model = student()
         if free < 40 * values:
-            with pytest.raises(OSError, match=r"are free, and the checkpoints and the adapter take .* on another disk"):
+            with pytest.raises(OSError, match=r"are free, but the checkpoints and the adapter need .* on another disk"):
                 run(tmp_path / "second", monkeypatch, model=model)
             assert all(parameter.requires_grad for parameter in model.parameters())
         else:

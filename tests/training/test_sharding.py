@@ -127,19 +127,19 @@ def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
 def test_what_cannot_be_sharded_is_refused(group):
     model = gpt2()
     for over in (3, 0, -1):
-        with pytest.raises(ValueError, match=f"1 processes can't share copies by {over}"):
+        with pytest.raises(ValueError, match=rf"over \(--shard\) must divide the number of processes, 1, got {over}"):
             shard(model, over=over)
     adapter = attach(model)
     with pytest.raises(ValueError, match="has a SparseAdapter attached"):
         shard(model)
     adapter.detach()
     model._no_split_modules = None
-    with pytest.raises(ValueError, match="GPT2LMHeadModel names no class of layers"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be sharded: it names no class of layers"):
         shard(model)
 
 
 def test_one_process_alone_is_refused():
-    with pytest.raises(ValueError, match="this is the only one: start them with torchrun"):
+    with pytest.raises(ValueError, match="this is the only one: start several with torchrun"):
         shard(gpt2())
 
 

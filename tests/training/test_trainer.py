@@ -410,7 +410,7 @@ def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytes
         self.is_fsdp_enabled = True  # as `accelerate launch --use_fsdp` has it on GPUs
 
     monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", make_sharding)
-    with pytest.raises(ValueError, match=r"only the frozen base is sharded.*--shard PROCESSES"):
+    with pytest.raises(ValueError, match=r"cannot shard the frozen base alone.*--shard PROCESSES"):
         train(tmp_path)
 
 
