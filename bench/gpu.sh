@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU, in under five minutes: builds the CUDA ops for that GPU, runs the commands and the
-# tests that need one, measures every op beside its floor and its peers, and says what a training step's time goes to.
-# Needs no network, only what is installed: torch with CUDA (which brings triton), nvcc, a C++ compiler, ninja, setuptools,
-# pybind11, pytest, pytest-benchmark and what rbfast requires; pytest-xdist and peers are used if they are there.
+# tests that need one, measures every op beside its floor and its peers, and shows where a training step's time goes.
+# Needs no network, but these installed: torch with CUDA (which brings triton), nvcc, a C++ compiler, ninja, setuptools,
+# pybind11, pytest, pytest-benchmark and what rbfast requires; pytest-xdist and peers are used if installed.
 #
 #     bash bench/gpu.sh                                  # writes docs/gpu.md, and JSON and logs to runs/gpu
-#     bash bench/gpu.sh --no-build                       # with the rbfast/_C_cuda*.so that is there
+#     bash bench/gpu.sh --no-build                       # with the existing rbfast/_C_cuda*.so
 #     bash bench/gpu.sh --profile "column_grad 14B"      # one case's kernels under ncu, nothing else
 #
 # A line for each section; every section runs even if an earlier one failed, and the exit status says whether all went
@@ -33,7 +33,7 @@ fi
 
 mkdir -p "$LOGS"
 rm -f "$LOGS"/*.log "$LOGS"/*.go "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
-TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not use up the GPU's time
+TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one cannot use up the GPU's time
 
 # allow LOG SECONDS: sets `limit` to SECONDS or to the time left; fails if none is left.
 allow() {
@@ -85,7 +85,7 @@ beside() {
 }
 
 # prepare NAME ARGUMENTS...: starts a bench/run.py that imports what it needs while untimed sections run, then waits for
-# `timed NAME SECONDS`. Each is a process of its own, so that a crash (an illegal access ends the process) spares the
+# `timed NAME SECONDS`. Each runs in its own process, so that a crash (an illegal access ends the process) spares the
 # others.
 declare -A waiting=()
 trap '[ ${#waiting[@]} = 0 ] || kill "${waiting[@]}" 2>/dev/null' EXIT

@@ -24,10 +24,10 @@ HEADS = ("case", "rbfast", "floor", "share", "peers", "waits", "extra", "bars")
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="what bench/run.py --record wrote")
+    parser.add_argument("record", type=Path, help="file that bench/run.py --record wrote")
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--kernels", type=Path, help="what bench/run.py --kernels printed, for the end of the page")
+    parser.add_argument("--kernels", type=Path, help="output of bench/run.py --kernels, for the end of the page")
     args = parser.parse_args(argv)
     lines = args.record.read_text().splitlines() if args.record.exists() else []
     entries = [json.loads(line) for line in lines]
@@ -49,7 +49,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
     }
     for entry in entries:
         found |= entry.get("versions", {})
-    return found | {f"{name} runs as": how for name, how in ops.implementations("cuda").items()}
+    return found | {f"{op} runs as": implementation for op, implementation in ops.implementations("cuda").items()}
 
 
 # ---- cells ----

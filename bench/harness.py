@@ -4,8 +4,8 @@
     found["rbfast"]["seconds"], found["rbfast"]["extra_mib"], found["rbfast"]["waits"]
 
 A round runs each contestant once, so that drift of the machine affects all alike; ratios are taken within a round.
-On a CPU a clock measures wall time. On a GPU it reads CUDA events, with the host ahead of the device; host-bound work
-is measured in wall time there too (`wall`).
+A clock measures wall time on a CPU, and CUDA events on a GPU, with the host ahead of the device. Host-bound work on a
+GPU is measured in wall time too (`wall`).
 """
 
 import ctypes
@@ -28,7 +28,7 @@ Step = Callable[[], float | None]  # does the work; may return the seconds that 
 Clock = Callable[[Step], float]
 Found = dict[str, dict[str, Any]]
 
-AHEAD_CYCLES = 20_000_000  # about 10 ms of a GPU, for the host to launch what is timed
+AHEAD_CYCLES = 20_000_000  # about 10 ms on a GPU, for the host to launch the timed work
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
 _WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "_unique2", "unique_dim"}
 
@@ -47,7 +47,7 @@ def race(
     def one_round() -> None:
         for name in order:
             who[name]["seconds"].append(clock(steps[name]))
-        order.reverse()  # so that none always follows the same one
+        order.reverse()  # so that no contestant always follows the same one
 
     gc.collect()
     gc.freeze()  # else a collection walks torch and every peer's modules, for 0.2 s, inside some step
@@ -78,7 +78,7 @@ def _warm(step: Step) -> dict[str, Any]:
 
 
 def absent(error: Exception) -> Step:
-    """The step of a contestant that is not there: raises the error that says why."""
+    """The step of a missing contestant: raises the error that says why it is missing."""
 
     def step() -> None:
         raise error
@@ -93,7 +93,7 @@ def reason(error: Exception) -> str:
 
 
 def in_turn(calls: Iterable[Callable[[], object]]) -> Step:
-    """A step that makes the next of some calls: if all their inputs exceed the cache, each call finds it cold."""
+    """A step that makes the next of these calls: if their inputs together exceed the cache, each call finds it cold."""
     turn = cycle(calls)
 
     def step() -> None:
@@ -117,7 +117,7 @@ def wall(step: Step) -> float:
 def events(step: Step) -> float:
     """Seconds between two CUDA events around a step, with the host ahead unless the step waits for the device."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(AHEAD_CYCLES)  # else the first kernels wait for the host, and its time is measured too
+    torch.cuda._sleep(AHEAD_CYCLES)  # else the first kernels wait for the host, whose time would be measured too
     before.record()
     counted = step()
     after.record()
@@ -138,7 +138,7 @@ def settle() -> None:
 
 
 class _CountWaits(TorchDispatchMode):
-    """Counts the ops that on a GPU make the host wait for the device."""
+    """Counts the ops that would make the host wait for the device on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def _extra_on_gpu(step: Step) -> float:
 def _extra_resident(step: Step) -> float:
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 2**20)  # every tensor gets its own pages: freed ones are no longer resident
-    workspace.release()  # so that buffers a loss keeps for its next call count
+    workspace.release()  # so that buffers that a loss keeps for its next call are counted
     gc.collect()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -215,7 +215,7 @@ def _resident_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-# ---- what it ran with ----
+# ---- versions ----
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

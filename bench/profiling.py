@@ -9,24 +9,24 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def main(names: Sequence[str], device: str, is_toy: bool, kernels: int | None) -> int:
-    """Profiles the cases whose names contain one of `names`, all of them if there are no names.
+    """Profiles the cases whose names contain one of `names`, or all cases if there are no names.
 
-    The exit code is 2 if no case has such a name, or if a case of a GPU is asked for in full size without one.
+    The exit code is 2 if no case has such a name, or if a GPU case is to run in full size without a GPU.
     """
     lacks_gpu = device == "cuda" and not torch.cuda.is_available()
     if lacks_gpu and not is_toy:
-        print("no GPU; --toy tries its cases on the CPU")
+        print("no GPU: use --toy to try its cases on the CPU")
         return 2
     place = Place("cpu" if lacks_gpu else device, is_toy)
     wanted = [name.replace(" ", "-").replace(",", "").lower() for name in names] or [""]
     chosen = [case for case in cases(device) if any(name in str(case).lower() for name in wanted)]
     if not chosen:
-        print(f"no case is called {' or '.join(names)}; there are {', '.join(map(str, cases(device)))}")
+        print(f"no case is called {' or '.join(names)}: use one of {', '.join(map(str, cases(device)))}")
         return 2
     for case in chosen:
         step = _warm(case, place)
         if step is None:
-            print(f"{case} times nothing")
+            print(f"{case} has nothing to time")
         elif kernels:
             print(f"{case}\n{top_kernels(step, kernels, place.device)}")
         else:
@@ -35,7 +35,7 @@ def main(names: Sequence[str], device: str, is_toy: bool, kernels: int | None) -
 
 
 def _warm(case: Case, place: Place) -> Step | None:
-    """A step of rbfast that has run before; None for a case of values alone."""
+    """rbfast's step, warmed up; None for a case that only has values."""
     step = case.make(place).steps.get("rbfast")
     if step is not None:
         for _ in range(3):

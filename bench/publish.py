@@ -21,7 +21,7 @@ def cpu() -> str:
 
 
 def cpu_kind() -> str:
-    """The kind of this CPU: the maker's generation and the widest bf16 or vector unit, as "Xeon, AMX"."""
+    """The kind of this CPU: the maker's generation and the widest bf16 or vector unit, such as "Xeon, AMX"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
@@ -43,10 +43,10 @@ def kind_of(facts: Mapping[str, str], machine: str) -> str:
 def put_section(path: Path, name: str, text: str) -> None:
     """Replaces the text between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays byte for byte.
 
-    Markers that are missing are appended; a file that is missing is created, with a heading.
+    Missing markers are appended; a missing file is created, with a heading.
 
     Raises:
-        ValueError: a marker lacks the other, is repeated, or they are in the wrong order.
+        ValueError: only one marker is there, a marker is repeated, or they are in the wrong order.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"

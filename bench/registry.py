@@ -61,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit for rbfast. metric: "rbfast ms", "rbfast GB", "rbfast waits", a value's name, or a ratio of times, as
+    """A limit for rbfast. metric: "rbfast ms", "rbfast GB", "rbfast waits", a value's name, or a ratio of times:
     "floor / rbfast" or "LoRA r=1 - frozen / rbfast - frozen".
     """
 
@@ -103,7 +103,7 @@ def _seconds(side: str, found: Found) -> list[float]:
 
 @dataclass
 class Contest:
-    """A case with its inputs in memory. values: measures what is not a time. notes: how a peer's work differs."""
+    """A case with its inputs in memory. values: measures everything but times. notes: how a peer's work differs."""
 
     title: str
     steps: Mapping[str, Step]
@@ -117,7 +117,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Case:
-    """`on`: the devices it is meant for."""
+    """`on`: the devices that it is for."""
 
     group: str
     name: str

@@ -6,8 +6,8 @@
     python bench/run.py "four 7B" --device cuda --kernels 15        # where the time of a call goes, by torch.profiler
     python bench/run.py "column_grad 14B" --device cuda --once      # one call of rbfast, for ncu
 
-Groups: rows, columns, accuracy, fold, products, loss, adapter, step, trainer, teacher, mixture. What follows `--`
-goes to pytest.
+Groups: rows, columns, accuracy, fold, products, loss, adapter, step, trainer, teacher, mixture. Arguments after `--`
+go to pytest.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--record", type=Path, help="add a line of JSON for each case to this file")
     parser.add_argument("--once", action="store_true", help="run rbfast once, between the marks of a profiler")
     parser.add_argument("--kernels", type=int, metavar="N", help="print the N kernels or ops that take the most time")
-    parser.add_argument("--after", type=Path, metavar="FILE", help="import everything, then wait until there is a FILE")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="import everything, then wait until FILE exists")
     args = parser.parse_args(ours)
     if args.after:
         _import_all(args.device)
@@ -53,7 +53,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _import_all(device: str) -> None:
-    """Imports what takes seconds to import; none of it touches a GPU."""
+    """Imports the modules that take seconds to import; none of them touches a GPU."""
     import registry
 
     registry.cases(device)
@@ -66,7 +66,7 @@ def _wait_for(path: Path) -> None:
     parent = os.getppid()
     while not path.exists():
         if os.getppid() != parent:
-            sys.exit(f"the process that starts this one ended before it wrote {path}")
+            sys.exit(f"the parent process ended before it wrote {path}")
         time.sleep(0.05)
 
 

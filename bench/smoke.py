@@ -1,9 +1,9 @@
-"""Runs every command-line job on a device and prints a line for each: does it work, and how long it takes.
+"""Runs every command-line job on a device and prints a line for each: whether it works, and how long it takes.
 
     python bench/smoke.py                                # on cuda; a student of 8 layers with random weights
     python bench/smoke.py --device cuda:1 --student smollm2-135m
 
-If a job fails, it prints the end of its output, goes on with the others, and exits with 1. Needs no network.
+If a job fails, it prints the end of the job's output, runs the others, and exits with 1. Needs no network.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Gradients against fp64 of the same inputs, for every op and dtype: the loss near its teacher, and the adapter's.
+"""Gradients against fp64 on the same inputs, for every op and dtype: the loss near its teacher, and the adapter's ops.
 
 Student and teacher have logits that are 0.02 apart. The ground truth is DistillLoss on the inputs in fp64, which runs
 the plain reference, and the fp64 reference for the adapter's ops. A value is the relative error in % of the worse of

@@ -1,9 +1,9 @@
 """One training step of SmolLM2-135M at 1,024 tokens on a CPU: frozen, with the adapter folded, with PEFT's adapters.
 
 Frozen means frozen weights and inputs that require grad, so that dX flows through every layer: what any adapter needs.
-The others include their optimizer's step, AdamW fused as transformers' trainer has it (and, folded, the fold). The
-output is the last hidden state: a head and a loss would cost all the same and only bring the ratios closer to 1.
-Weights are bf16, or fp32 on a CPU that cannot multiply bf16.
+The others include their optimizer step (fused AdamW, as in transformers' Trainer), and the folded adapter its fold. The
+output is the last hidden state: a head and a loss would cost every contestant the same and only bring the ratios closer
+to 1. Weights are bf16, or fp32 on a CPU that cannot multiply bf16.
 """
 
 import torch
@@ -16,7 +16,7 @@ from cases.step import train
 
 
 def make_step(who: str, tokens: int) -> tuple[Step, int]:
-    """One training step, and how many values it trains."""
+    """One training step, and the number of values it trains."""
     torch.manual_seed(0)
     model, _ = fresh_student()
     embedded = model.get_input_embeddings()(torch.randint(model.config.vocab_size, (1, tokens)))

@@ -1,6 +1,6 @@
 """The adapter's ops in bf16 beside plain torch and the floor: a copy of the bytes each must read or write.
 
-On a CPU: the linears of SmolLM2-135M with 1,024 tokens, one by one, and `model`, what one training step does with all
+On a CPU: the linears of SmolLM2-135M with 1,024 tokens, one by one, and `model`: the work of one training step on all
 210 of them, each with its own memory, so that nothing is in the cache. On a GPU: a linear of a 14B and of a 7B model
 with 4,096 tokens, and the gradient of all linears of the 14B.
 """
@@ -27,7 +27,7 @@ LAYERS_14B, VALUES_14B = 48, 44_300_000  # trained values at the default density
 
 @dataclass(frozen=True)
 class Linear:
-    """The operands of one matrix's ops. xs: columns of x, base: columns of the weight, room: what a floor copies to."""
+    """The operands of one matrix's ops. xs: columns of x. base: columns of the weight. room: a floor's target."""
 
     x: Tensor
     y: Tensor
@@ -52,7 +52,7 @@ class Linear:
 
 
 def columns(features: int, s: int) -> Tensor:
-    """s columns in aligned runs, as a support has them."""
+    """s columns in aligned runs, as in a support."""
     runs = torch.randperm(features // RUN, generator=torch.Generator().manual_seed(0))[: s // RUN].sort().values
     return (runs[:, None] * RUN + torch.arange(RUN)).flatten()
 
@@ -86,8 +86,8 @@ def plain_fold(p: Linear) -> None:
     p.weight.index_copy_(1, p.cols, (p.base.float() + p.B @ p.A).bfloat16())
 
 
-# op -> contestant -> call. The floor copies a gather's result, dy for a gradient and a scatter, and for the others what
-# they write.
+# op -> contestant -> call. The floor copies the result of a gather, dy for a gradient and a scatter, and the output of
+# the others.
 CALLS: dict[str, dict[str, Callable[[Linear], object]]] = {
     "column_gather": {
         "floor": lambda p: copy(p.xs, p.room),

@@ -12,7 +12,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rbfast")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device whose cases to run")
     group.addoption("--toy", action="store_true", help="tiny sizes, on the CPU if there is no GPU")
     group.addoption("--peers", action="store_true", help="run the peers too, not only rbfast and its floor")
     group.addoption("--record", type=Path, help="add a line of JSON for each case to this file")
@@ -29,7 +29,7 @@ def place(request: pytest.FixtureRequest) -> registry.Place:
     device, is_toy = request.config.getoption("--device"), request.config.getoption("--toy")
     if device == "cuda" and not torch.cuda.is_available():
         if not is_toy:
-            pytest.skip("no GPU; --toy tries the case on the CPU")
+            pytest.skip("no GPU: use --toy to try the case on the CPU")
         device = "cpu"
     return registry.Place(device, is_toy)
 

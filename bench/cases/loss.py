@@ -46,7 +46,7 @@ def floor(signal: str, batch: Batch) -> Step:
 
 
 def forward_and_backward(peer: Peer, batch: Batch) -> Step:
-    """A package that is missing raises when the step runs."""
+    """The step raises ImportError if the peer's package is missing."""
     loss = None
 
     def step() -> None:

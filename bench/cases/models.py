@@ -1,4 +1,4 @@
-"""Models of random weights for the cases on a GPU, in bf16 and frozen, made where they run."""
+"""Frozen models with random weights, for the cases on a GPU, created on their device."""
 
 from typing import Any
 
@@ -64,6 +64,6 @@ def lora(model: PreTrainedModel, rank: int) -> list[torch.nn.Parameter]:
     config = LoraConfig(r=rank, target_modules=linears, target_parameters=stacks if has_stacks else None)
     inject_adapter_in_model(config, model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:  # fp32 masters, as get_peft_model has them
+    for parameter in parameters:  # fp32 masters, as from get_peft_model
         parameter.data = parameter.data.float()
     return parameters

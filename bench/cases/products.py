@@ -1,4 +1,4 @@
-"""The head's three products on a CPU. The floor is torch's own of the same shape (on a GPU they are torch's)."""
+"""The head's three products on a CPU. The floor is torch's product of the same shape (on a GPU rbfast uses torch's)."""
 
 from collections.abc import Callable
 from functools import partial

@@ -26,7 +26,7 @@ KINDS = {
 
 
 def copy_of(n_bytes: int, device: str) -> Step:
-    """A copy that moves this many bytes, those it reads and those it writes together."""
+    """A copy that moves this many bytes, reads and writes together."""
     source = torch.empty(n_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 

@@ -41,7 +41,7 @@ def make(place: Place) -> Contest:
 def contest(
     place: Place, title: str, model: Callable[[], nn.Module], T: int, rank: int, bars: tuple[Bar, ...] = ()
 ) -> Contest:
-    """Each contestant has a model of its own; LoRA has this rank."""
+    """Each contestant has its own model; `rank` is LoRA's."""
     frozen, adapted, with_lora, peer = model(), model(), model(), f"LoRA r={rank}"
     adapter = SparseAdapter.attach(adapted, placement="random", **density(place))
     inputs = place.draw(1, T, frozen.config.hidden_size).requires_grad_()

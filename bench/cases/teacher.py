@@ -1,7 +1,7 @@
 """Scoring traces with a local teacher: 24 short ones read together, and one at a time.
 
-The teacher has the shape of Qwen2.5-0.5B and random weights; the tokenizer cuts a text into its bytes. docs/gpu.md has
-the times.
+The teacher has the shape of Qwen2.5-0.5B and random weights; the tokenizer splits text into bytes. docs/gpu.md has the
+times.
 """
 
 import tempfile

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 pytest bench/cases/test_decode.py -s
 
-The folded one is timed within `evaluating`, as rbfast decodes, and with its hooks on, as a plain `generate` runs it.
-The four take turns, so that a machine that slows down slows all of them. A ratio is the median over the rounds of a
-turn's CPU time divided by the base's in the same round.
+The folded model is timed within `evaluating`, as rbfast decodes, and with its hooks on, as a plain `generate` runs it.
+The four take turns, so that a machine that slows down slows all of them. A ratio is the median, over the rounds, of a
+model's CPU time divided by the base's in the same round.
 """
 
 import statistics

@@ -5,7 +5,7 @@
     taskset -c 0 pytest ... --benchmark-timer=time.process_time   # one core, on a machine that does other work too
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),
-`choose` (facility location; apricot, whose choice must be worth as much), `split_spans` (real thinking, if available).
+`choose` (facility location; apricot's choice must be worth as much), `split_spans` (real thinking, if available).
 The problems are those of cases/problems.py. The libraries run if they are installed: pip install datasketch
 apricot-select cloudpickle.
 """
@@ -44,7 +44,7 @@ def evaluations() -> list[Evaluation]:
 
 
 def decontaminate(decontaminator: Decontaminator, problems: Sequence[str], threads: int, part: int = 50_000) -> int:
-    """How many are contaminated, reading the pool in parts as the curation does."""
+    """The number of contaminated problems. Reads the pool in parts, as the curation does."""
     found, fingerprints = [], []
     for start in range(0, len(problems), part):
         chunk = problems[start : start + part]
@@ -119,7 +119,7 @@ def test_split_spans(benchmark: BenchmarkFixture) -> None:
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Prints the seconds it took, and this process's peak memory."""
+    """Prints the seconds that the block took, and this process's peak memory."""
     begun, spent = time.perf_counter(), time.process_time()
     yield
     seconds, spent = time.perf_counter() - begun, time.process_time() - spent
@@ -129,7 +129,7 @@ def reported(what: str) -> Iterator[None]:
 
 
 def test_decontaminate_a_million(evaluations) -> None:
-    """The bar: 10 s on two cores, 2 GB in all. One problem in a thousand is an evaluation problem, some retyped."""
+    """The bar: 10 s on two cores, 2 GB in all. One problem in a thousand is an evaluation problem without its `$`."""
     rng = random.Random(2)
     problems = [problem(rng) for _ in range(MILLION)]
     problems[::1000] = [evaluations[i % EVALUATIONS].problem.replace("$", "") for i in range(MILLION // 1000)]
@@ -140,7 +140,7 @@ def test_decontaminate_a_million(evaluations) -> None:
 
 
 def test_choose_a_thousand_of_a_million() -> None:
-    """The bar: 5 s. Scores and domains are given; the problems of the shortlist are tokenised within the time."""
+    """The bar: 5 s. Scores and domains are given; tokenising the problems of the shortlist counts."""
     rng = random.Random(3)
     generator = np.random.default_rng(3)
     scores = generator.random(MILLION)

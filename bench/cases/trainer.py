@@ -7,7 +7,7 @@ and, with the teacher's top-k log-probs read from a file in place of running it,
 TRL's default, is off for all. TRL's DistillationTrainer is left out: it generates the completions itself in every step.
 
 On a GPU, a student of the shape of Qwen2.5-0.5B on text, 4,096 tokens, the last step of three: DistillTrainer with
-SparseAdapter and, the same trainer, with PEFT's LoRA of as many values.
+SparseAdapter, and the same trainer with PEFT's LoRA of as many values.
 """
 
 import tempfile
@@ -53,7 +53,7 @@ def sequences(vocabulary: int, tokens: int) -> Tensor:
 
 
 def examples(vocabulary: int, tokens: int, with_teacher: bool) -> list[Example]:
-    """rbfast's form of the batch: labels shifted, all of it after the prompt is reasoning."""
+    """The batch as rbfast's examples: labels are shifted, and everything after the prompt is reasoning."""
     made = []
     for ids in sequences(vocabulary, tokens).numpy():
         labels = np.append(ids[1:], IGNORE)
@@ -117,8 +117,8 @@ def readme_loop(tokens: int) -> Step:
 
     def step() -> None:
         with torch.no_grad():
-            told = Dense(final_hidden(teacher, ids, positions), head_of(teacher).weight)
-        loss_fn(final_hidden(model, ids, positions), head_of(model).weight, labels, told).loss.backward()
+            signal = Dense(final_hidden(teacher, ids, positions), head_of(teacher).weight)
+        loss_fn(final_hidden(model, ids, positions), head_of(model).weight, labels, signal).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -212,7 +212,7 @@ def sft(place: Place, tokens: int, lora_rank: int | None) -> tuple[Step, int]:
         if lora_rank is None
         else Peft(lora(model, lora_rank))
     )
-    # A Trainer starts by emptying the GPU's memory cache: only its last of three steps finds it filled, as most do.
+    # A Trainer starts by emptying the GPU's memory cache. The last of three steps finds it filled, as most steps do.
     settings = SETTINGS | dict(max_steps=3)
     args = TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=place.device == "cpu", **settings)
     data = examples(model.config.vocab_size, tokens, with_teacher=False)

@@ -74,7 +74,7 @@ def gradient(loss: Loss, batch: Batch) -> Tensor:
 
 
 def negatives(loss: Loss, batch: Batch) -> int:
-    """How many rows have a negative divergence, each in a call of its own."""
+    """The number of rows with a negative divergence, each in its own call."""
     by_row = {name: getattr(batch, name).detach() for name in ("hidden", "labels", "teacher_hidden", "ids", "logprobs")}
     count = 0
     for row in range(len(batch.hidden)):
@@ -112,7 +112,8 @@ def loss_table(title: str) -> str:
 
 
 class Merge(NamedTuple):
-    """change: of the weights, relative. difference: of the merged model's output. changed, lost: numbers of weights."""
+    """change: of the weights by merging. difference: of the merged model's output from the attached one's. Both are
+    relative. changed, lost: numbers of weights that merging changes, and that unmerging does not restore."""
 
     values: int
     change: float
@@ -136,7 +137,7 @@ def small_model() -> LlamaForCausalLM:
 
 
 def merge_and_back(who: str, steps: int = 10) -> Merge:
-    """Trains an adapter of a small bf16 model for a few steps, merges it, and takes it out again."""
+    """Trains an adapter of a small bf16 model for a few steps, merges it, and unmerges it."""
     model = small_model()
     linears = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
     ids = torch.randint(512, (1, T), generator=torch.Generator().manual_seed(1))
@@ -145,7 +146,7 @@ def merge_and_back(who: str, steps: int = 10) -> Merge:
         return torch.cat([linear.weight.detach().flatten() for linear in linears])
 
     base = weights()
-    # At its default density this small model would train less than the peers do.
+    # At the default density, the adapter of this small model would train fewer values than the peers.
     adapter = sparse(model, density=0.005) if who == "rbfast" else ADAPTERS[who](model)
     parameters = trained(adapter)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

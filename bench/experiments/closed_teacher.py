@@ -2,13 +2,14 @@
 
     python bench/experiments closed_teacher --data ../shared/data/reasoning_gym_claude35 --out runs/closed_teacher
 
-The folder holds evaluation results of reasoning-gym tasks, one JSON file a task. The correct completions become traces;
-then two questions are asked:
+The folder holds evaluation results of reasoning-gym tasks, one JSON file per task. The correct completions become
+traces, which answer two questions:
 
-1. How far does the loss of held-out traces fall, and how far with LoRA at no more trained values, on the same batches
-   in the same order, with the same objective, schedule and trainer, each at the best of its rates? For several seeds,
-   which draw the traces, their order and how both begin.
-2. What share of freshly generated problems of these tasks does it solve before and after, by each task's own verifier?
+1. How far does the loss of held-out traces fall, and how far with LoRA at no more trained values? Both see the same
+   batches in the same order, with the same objective, schedule and trainer, each at the best of its rates. Several
+   seeds draw the traces, their order and the initial values.
+2. What share of freshly generated problems of these tasks does the student solve before and after training, by each
+   task's own verifier?
 
 Every finished part is kept in --out and read back, so an interrupted script resumes where it stopped. At the end the
 tables are written between the markers of docs/results.md. See also docs/closed_teacher.md.
@@ -57,7 +58,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the experiment depends on, besides the completions."""
+    """The settings of the experiment."""
 
     student: str = _option(SMOLLM2, "hub id, local folder, or the student that installs from PyPI")
     teacher: str = _option("claude-3.5-sonnet", "who wrote the completions")
@@ -86,7 +87,7 @@ class Recipe:
 def compare(
     model: PreTrainedModel, examples: Sequence[Example], out: Path, recipe: Recipe, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Held-out loss of the student as it is, then of each method at each of its rates; `model` stays as it is.
+    """Held-out loss of the untrained student, then of each method at each of its rates; `model` is not changed.
 
     Returns:
         entries with `method`, `rate` and `values` (trained ones), the losses by role and as `mean`, and `seconds`.
@@ -165,7 +166,7 @@ def train_adapter(
     rate: float,
     progress: Callable[[int, int], None],
 ) -> None:
-    """One epoch of whatever trains in `model` and `adapter`: a SparseAdapter, or a PEFT model made of `model`."""
+    """Trains `adapter` for one epoch: a SparseAdapter attached to `model`, or a PEFT model made from it."""
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -261,7 +262,7 @@ def run_recipe(
     command: str,
     quiet: bool = False,
 ) -> str:
-    """Both experiments into the folder `out`; returns the section and writes it to `out/section.md`."""
+    """Runs both experiments in the folder `out`, writes the section to `out/section.md` and returns it."""
     traces, fates = traces_from_results(data, recipe.teacher)
     write_traces(out / "traces.jsonl", traces)
     chosen = one_per_problem(traces)

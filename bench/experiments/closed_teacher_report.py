@@ -36,8 +36,8 @@ def averaged(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any
 
 
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Every entry; the lowest value of each column of losses in bold; where each method's best rate lies, and by how
-    much they differ there."""
+    """A row per entry, with the lowest loss of each column in bold; then the best rate of each method, and by how much
+    the methods differ there."""
     lowest = {column: min(entry[column] for entry in entries) for column in LOSSES}
     lines = [
         "| method | trained values | learning rate | strategic | tactical | answer | mean | each seed |",

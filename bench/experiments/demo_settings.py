@@ -1,9 +1,9 @@
-"""What the demo reaches under another rate, batch or number of epochs: accuracy after training, by seed.
+"""What the demo reaches with another learning rate, batch size or number of epochs: accuracy after training, by seed.
 
     python bench/experiments demo_settings --rate 0.02 --epochs 1 --seeds 0 1 2 --out runs/settings.jsonl
 
-The demo's traces, problems and evaluation. docs/results.md says what its student solves before training.
-Each training adds a line to --out; several of these may run at a time, on a GPU or with one thread each.
+It uses the demo's traces, problems and evaluation. docs/results.md has the accuracy before training.
+Each training adds a line to --out. Several instances may run at a time, on a GPU or with one thread each.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rbfast.training.distill import DistillConfig, distill
 
 
 def measure(config: DistillConfig, device: str, batch_size: int = 60) -> dict[str, Any]:
-    """What the demo with the settings of `config`, and its seed, solves after training."""
+    """The shares that the demo's student solves after training with `config`, its seed included."""
     start = time.monotonic()
     model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
     model = model.to(torch.device(device))  # type: ignore[arg-type]

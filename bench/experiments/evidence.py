@@ -8,7 +8,7 @@ The arms train the same student for the same steps at the same rate:
 
 - curated: what `rbfast.curate` chooses from the pool with its defaults;
 - random: as many items, drawn from the pool and exchanged at random until they have as many tokens;
-- random, right: the same from the right items alone, so that verification is told apart from the rest of the curation;
+- random, right: the same from the right items alone, to separate verification from the rest of the curation;
 - curated, flat: the curated traces, with every token weighing the same.
 
 Each is repeated for several seeds, which draw the held-out problems, the fresh problems, the random items and the order
@@ -58,8 +58,8 @@ SAME_TOKENS = 0.005  # relative
 @dataclass(frozen=True)
 class Settings:
     size: int  # traces of each arm
-    held_out: int  # problems per task that the pool lacks
-    problems: int  # fresh ones per task
+    held_out: int  # problems per task kept out of the pool
+    problems: int  # fresh problems per task
     tokens: int  # longer traces are left out of the pool
     max_new_tokens: int
     rate: float
@@ -84,7 +84,7 @@ class Split:
 def split(
     traces: Sequence[Trace], tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int, settings: Settings
 ) -> Split:
-    """The pool and what is measured on; no problem of one is in the other."""
+    """The pool, and the traces and problems to measure on; they share no problem."""
     rng = random.Random(seed)
     aside: set[str] = set()
     for task in tasks:
@@ -134,7 +134,7 @@ def drawn(items: Sequence[Trace], lengths: Mapping[str, int], size: int, tokens:
 
 
 def flat(traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Objective:
-    """An objective in which roles weigh by their share of the tokens throughout: every token counts the same."""
+    """An objective that weighs roles by their share of the tokens, without annealing: every token counts the same."""
     examples, _ = encode_all(traces, tokenizer, max_tokens=settings.tokens)
     roles = np.concatenate([example.roles for example in examples])
     strategic, tactical, answer = (np.bincount(roles[roles >= 0], minlength=3) / np.sum(roles >= 0)).tolist()
@@ -246,7 +246,7 @@ def _gain(first: Sequence[bool], second: Sequence[bool]) -> str:
 
 
 def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings, command: str, dtype: Any) -> str:
-    """The Markdown of what was measured; `found` has an entry for each seed."""
+    """The measurements as Markdown; `found` has an entry for each seed."""
     solved = {name: [one for seed in found for one in seed[name]["solved"]] for name in found[0]}
     table = [
         "| trained on | of them right | tokens | loss of held-out traces, each seed | solved | gain over before |",

@@ -3,9 +3,9 @@
     python bench/experiments gradient_filter
 
 Filtering depends on how peaked a model's distributions are, so the hidden states and the head are a real student's, and
-the traces are texts. The loss runs forward and backward at several `gradient_filter`s, in turn with the products that
-it cannot avoid (torch.mm of the same shapes); the gradient is compared with the unfiltered one, row by row. The table
-is written between the markers of docs/results.md.
+the traces are real text. The loss runs forward and backward at several `gradient_filter`s, in turn with the products
+that it cannot avoid (torch.mm of the same shapes); the gradient is compared with the unfiltered one, row by row. The
+table is written between the markers of docs/results.md.
 """
 
 import argparse
@@ -33,7 +33,7 @@ K = 20
 
 
 def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden [T, H], labels [T], head [V, H]) of worked traces that together have T = `tokens` answered tokens."""
+    """(hidden [T, H], labels [T], head [V, H]) of the first T = `tokens` supervised tokens of worked traces."""
     model, tokenizer = load_student(SMOLLM2, fast_dtype())
     traces = [trace for name in FAMILIES for trace in split(name, train=8, held_out=1, seed=0)[0]]
     batch = collate(encode_all(traces, tokenizer, max_tokens=512)[0])
@@ -41,7 +41,7 @@ def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
     rows = (batch["labels"].view(-1) != IGNORE).nonzero()[:tokens, 0]
     if len(rows) < tokens:
-        raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: lower --tokens")
+        raise ValueError(f"the traces have {len(rows)} supervised tokens, fewer than {tokens}: lower --tokens")
     return hidden[rows].clone(), batch["labels"].view(-1)[rows], model.get_output_embeddings().weight.detach()
 
 
@@ -120,7 +120,7 @@ def section(tokens: int, rounds: int, command: str) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="rows of the loss (default: 1024)")
-    parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "bench/experiments", "gradient_filter", *argv])

@@ -1,6 +1,6 @@
 """What each CUDA kernel compiles to: registers, shared memory and spills for every GPU generation.
 
-python bench/experiments kernel_resources            # what docs/kernels.md sums up; needs nvcc, not a GPU; minutes
+python bench/experiments kernel_resources            # for docs/kernels.md; needs nvcc, not a GPU; takes minutes
 """
 
 import argparse
@@ -100,8 +100,8 @@ def table(found: list[Resources]) -> str:
     by_name: dict[str, dict[str, Resources]] = {}
     for resources in found:
         by_name.setdefault(resources.kernel, {})[resources.architecture] = resources
-    for kernel, of in sorted(by_name.items()):
-        cells = (f"{of[name].registers} / {of[name].spill_bytes}" for name in ARCHITECTURES)
+    for kernel, used in sorted(by_name.items()):
+        cells = (f"{used[name].registers} / {used[name].spill_bytes}" for name in ARCHITECTURES)
         lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

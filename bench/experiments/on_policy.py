@@ -1,4 +1,4 @@
-"""What on-policy rounds add to a student that knows too few traces: accuracy beside the same steps spent otherwise.
+"""What on-policy rounds add to a student trained on too few traces, against other ways to spend the same steps.
 
     python bench/experiments on_policy --out runs/on_policy
 
@@ -8,7 +8,7 @@ A teacher is trained on many of the demo's traces, a student on few. Then the st
 - on completions that the teacher writes of other problems, with the teacher beside it (text and forward KL);
 - on its own completions of the same problems, with the teacher beside it (reverse KL), in rounds.
 
-Every finished part is kept in --out, so an interrupted script resumes. Accuracy is greedy, on problems of their own.
+Every finished part is kept in --out, so an interrupted script resumes. Accuracy is greedy, on held-out problems.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ARMS = ("the few traces again", "the teacher's text", "on-policy rounds")
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of traces and problems are for each family."""
+    """Numbers of traces and problems are per family."""
 
     families: tuple[str, ...] = ("aiw", "leg_counting")
     taught: int = 140
@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """What teacher and student are trained on, the problems of the rounds, and those of the evaluation."""
+    """The traces that teacher and student are trained on, the problems of the rounds, and those of the evaluation."""
 
     taught: list[Trace]
     few: list[Trace]
@@ -87,7 +87,7 @@ def make_data(settings: Settings) -> Data:
 def run(
     out: Path, settings: Settings, load: Callable[[], tuple[Any, Any]], quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """A record of the teacher, of the student at first, and of each arm: `who`, `n`, `accuracy` and its interval."""
+    """A record of the teacher, of the initial student and of each arm: `who`, `n`, `accuracy` and its interval."""
     data, asked = make_data(settings), asdict(settings)
     teacher, tokenizer = load()
     student, _ = load()
@@ -95,7 +95,10 @@ def run(
     config = settings.config(learning_rate=settings.later_rate)
     steps = len(data.questions) // settings.batch_size
     if len(data.questions) % (settings.rounds * settings.batch_size):
-        raise ValueError("rounds of whole batches alone take the same steps: change problems, rounds or batch_size")
+        raise ValueError(
+            "each round must be whole batches, so that the arms take the same steps: change problems, rounds or "
+            "batch_size"
+        )
 
     def measured(who: str, model: PreTrainedModel, trained: Run) -> dict[str, Any]:
         def measure() -> dict[str, Any]:

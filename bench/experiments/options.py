@@ -8,7 +8,7 @@ Settings = TypeVar("Settings")
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """An option for each field of a dataclass, with its default; `metadata["help"]` of the field explains it."""
+    """Adds an option for each field of a dataclass, with its default. The field's `metadata["help"]` is the help."""
     for option in fields(kind):
         default: Any = option.default
         many, flag = isinstance(default, tuple), "--" + option.name.replace("_", "-")
@@ -19,6 +19,6 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def read_options(args: argparse.Namespace, kind: type[Settings]) -> Settings:
-    """The dataclass of the options that `add_options` added."""
+    """Returns the dataclass with the values of the options that `add_options` added."""
     given = {option.name: getattr(args, option.name) for option in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -1,9 +1,9 @@
-"""Finished parts of an experiment: each is kept in a file of its own, so that an interrupted script resumes.
+"""Finished parts of an experiment: each is kept in its own file, so that an interrupted script resumes.
 
-    record = part(out / "before.json", {"seed": 0, "data": digest(rows)}, measure)      # the second time it is read
+    record = part(out / "before.json", {"seed": 0, "data": digest(rows)}, measure)      # the second call reads the file
     record["result"]
 
-A record of another question is refused, never reused.
+A record with other settings is refused, never reused.
 """
 
 import json
@@ -17,10 +17,10 @@ from rbfast.utils.files import write_text
 
 
 def part(path: Path, asked: Mapping[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
-    """The record in `path`; if there is none, runs `measure` and stores its result with the question and the seconds.
+    """The record in `path`; if there is none, runs `measure` and stores its result with `asked` and the seconds.
 
     Raises:
-        ValueError: the record answers another question.
+        ValueError: the record was made with another `asked`.
     """
     wanted = json.loads(json.dumps(asked))
     if path.exists():

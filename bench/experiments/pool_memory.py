@@ -1,8 +1,8 @@
-"""How much memory a curation takes per item of its pool: peaks of pools that differ in size only.
+"""How much memory a curation takes per item of its pool: peaks of pools that differ only in size.
 
     python bench/experiments pool_memory                   # 20,000 and 80,000 items, of 1,000 and of 4,000 characters
 
-Each pool is written to a temporary folder and curated by a process of its own, against 500 evaluation problems.
+Each pool is written to a temporary folder and curated in its own process, against 500 evaluation problems.
 """
 
 import argparse

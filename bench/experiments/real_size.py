@@ -3,10 +3,10 @@
     python bench/experiments real_size              # on cuda, in less than a minute: the plan, then a line of JSON
     python bench/experiments real_size --toy        # on the CPU, in seconds: does it work?
 
-The weights are made where they are used. Two of the three batches are one trace of 16k tokens, the third is eight of
-2k; layers are recomputed for their backward. The bar is a peak below 80 GB. `packed` compares eight traces attended to
-in one call with one trace at a time: hidden states, and seconds of their forwards. For scale it also gives what
-rounding alone changes: one trace at a time, with its attention in fp32.
+The weights are created on the device. Two of the three batches are one trace of 16k tokens, the third is eight of 2k;
+layers are recomputed for their backward. The bar is a peak below 80 GB. `packed` compares eight traces attended to in
+one call with one trace at a time: hidden states, and seconds of their forwards. For scale it also gives the effect of
+rounding alone: one trace at a time, with its attention in fp32.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LIMIT_GB, PROMPT, PARTS = 80, 8, 8
 
 
 def traces(vocabulary: int, tokens: int) -> list[Example]:
-    """Two of `tokens` random tokens and eight that have as many together; what follows a prompt is trained."""
+    """Two traces of `tokens` random tokens each, and eight that have as many together; each starts with a prompt."""
     draw = np.random.default_rng(0)
     return [trace(draw.integers(0, vocabulary, n)) for n in (tokens, tokens, *[tokens // PARTS] * PARTS)]
 
@@ -104,7 +104,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @torch.no_grad()
 def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Any]:
-    """Seconds of both ways to attend to a packed row, and how far apart their hidden states are, by their norm."""
+    """Seconds of both ways to attend to a packed row, and the relative difference of their hidden states."""
     batch = to_device(collate(examples), model.device)
     row = batch["input_ids"], batch["position_ids"], batch["lengths"]
 

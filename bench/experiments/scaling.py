@@ -6,10 +6,10 @@ The demo's held-out problems, the first of each family; greedy. A budget counts 
 inserted and struck ones, so that a row of the table compares at equal cost. The settings:
 
 - plain: generation up to the budget;
-- wrap up: a quarter of the budget is reserved, and once thinking has used the rest the answer is asked for;
-- wait, verify, other approach: each of them besides the wrap-up. `wait` does not let the thinking end before half of
-  the budget; `verify` comes at the sentence ends that are less certain than 9 of 10 of the same model's own; `other
-  approach` at loops, which the wrap-up alone lets run;
+- wrap up: a quarter of the budget is reserved, and the answer is asked for once thinking has used the rest;
+- wait, verify, other approach: one of these besides the wrap-up. `wait` keeps the thinking from ending before half of
+  the budget; `verify` is inserted at sentence ends that are less certain than 9 of 10 of the same model's; `other
+  approach` is inserted at loops, which the wrap-up alone does not stop;
 - all: everything at once.
 
 Every finished cell is kept in --out and read back. The table is written to docs/results.md, the picture beside it.
@@ -152,7 +152,7 @@ def draw(found: Cells, budgets: Sequence[int]) -> Figure:
         for setting in SETTINGS:
             shares = [percent(found[side, budget, setting]["solved"]) for budget in budgets]
             axes.plot(budgets, shares, marker="o", markersize=3, linewidth=1.5, label=setting)
-        axes.set(title=f"{side} distillation", xlabel="tokens a completion may have")
+        axes.set(title=f"{side} distillation", xlabel="token budget")
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="solved (%)", ylim=(0, None))  # after both sides are drawn, as they share it
     figure.axes[1].legend(frameon=False, fontsize="small")
@@ -173,8 +173,8 @@ def section(found: Cells, budgets: Sequence[int], problems: int, command: str, d
             "",
             *table(found, budgets, "after"),
             "",
-            "Against plain generation at the same budget, all budgets together (95% interval of paired proportions; a",
-            "problem counts once for each budget, so the intervals are too narrow):",
+            "Against plain generation at the same budget, all budgets together (95% intervals for paired proportions;",
+            "a problem counts once for each budget, so the intervals are too narrow):",
             "",
             "| side | setting | interventions each | gain, points |",
             "| --- | --- | --- | --- |",

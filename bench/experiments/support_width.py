@@ -5,7 +5,7 @@
 A closed teacher's right completions are the traces; every training sees the same 160 in the same order and is measured
 on 40 others (closed_teacher). A seed draws the traces, their order, the columns and the start of A. For each
 width the rank is the one whose trained values are nearest to the budget; widths are shares of the student's usual
-inputs. Each training is a line of --out: the script goes on from there. The table takes a mean over the seeds.
+inputs. Each training adds a line to --out, from which the script resumes. The table has means over the seeds.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def measure(model: Any, examples: Sequence[Any], arm: Arm, recipe: Recipe) -> di
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A row per budget and width, at the best of its rates: the mean over the seeds that all of its rates have."""
+    """A row per budget and width, at the best of its rates, by the mean over the seeds that all of its rates have."""
     lines = ["| density | support | rank | trained values | rate | mean loss | each seed |", "|" + " --- |" * 7]
     for density, support in sorted({(r["density"], r["support"]) for r in records}):
         found = [r for r in records if (r["density"], r["support"]) == (density, support)]

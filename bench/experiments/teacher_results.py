@@ -1,9 +1,9 @@
-"""Evaluation results of a teacher, as traces: its correct completions, split at the answer they tag.
+"""Evaluation results of a teacher, as traces: its correct completions, split at the tagged answer.
 
     traces, fates = traces_from_results("results/", teacher="claude-3.5-sonnet")
     write_traces("traces.jsonl", one_per_problem(traces))
 
-One JSON file for each task, as reasoning-gym's evaluation writes it, in its fields that matter:
+reasoning-gym's evaluation writes one JSON file for each task. The fields that matter:
 
     {"name": "gcd", "category": "arithmetic", "results": [
         {"question": "...", "completions": [{"full_model_response": "... <answer>6</answer>", "score": 1.0}]}]}
@@ -24,14 +24,14 @@ UNTAGGED, UNREASONED, OTHER = "no <answer>...</answer>", "no reasoning", "tagged
 def traces_from_results(
     folder: str | Path, teacher: str, incorrect: bool = False
 ) -> tuple[list[Trace], dict[str, Counter]]:
-    """The traces of the correct completions (score >= 1) in a folder of `*.json`, and per task what became of each.
+    """The traces of the correct completions (score >= 1) in a folder of `*.json`, and the counts of outcomes per task.
 
     A completion's reasoning is the text before its last `<answer>`, its answer the text inside. A correct completion is
     dropped if it has no such answer, no reasoning, or tags another answer than the one that was scored. With
-    `incorrect` the others become traces too, as in a raw pool, if they have reasoning and an answer.
+    `incorrect` the incorrect ones become traces too, as in a raw pool, if they have reasoning and an answer.
 
     Raises:
-        ValueError: no files, or one that does not hold results, named with what is wrong.
+        ValueError: no files, or a file that does not hold results; the message names it and what is wrong.
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:

@@ -3,7 +3,7 @@
     adapter = ADAPTERS["LoRA r=16"](model)      # raises ImportError without PEFT
     optimizer = torch.optim.AdamW(trained(adapter))
 
-LoRA and SHiRA at r=1 and MiSS at r=2 (it wants an even r) train fewer values than SparseAdapter at its default density;
+LoRA and SHiRA at r=1 and MiSS at r=2 (its r must be even) train fewer values than SparseAdapter at its default density;
 their next size is over that budget.
 """
 
@@ -25,7 +25,7 @@ _load = cache(load_student)  # reading the file takes longer than ten training s
 
 
 def fresh_student() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M, frozen, with memory of its own; and its tokenizer."""
+    """A frozen SmolLM2-135M with its own memory, and its tokenizer."""
     model, tokenizer = _load(SMOLLM2)
     return deepcopy(model).requires_grad_(False), tokenizer
 

@@ -3,7 +3,7 @@
     loss = DENSE["TRL GKD"].load(beta=0.0)      # raises ImportError if the package is absent
     loss(batch).backward()
 
-All are means over rows; the gradient flows to batch.hidden, and to batch.weight if that asks for it.
+All are means over rows; the gradient flows to batch.hidden, and to batch.weight if it requires grad.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ class Batch:
     def draw(
         cls, T: int, H: int, V: int, k: int, dtype: torch.dtype, device: str = "cpu", is_trained: bool = False
     ) -> "Batch":
-        """A student at some distance from its teacher, who has a head of the same size but its own memory."""
+        """A student at some distance from its teacher, which has a head of the same size in its own memory."""
         g = torch.Generator(device).manual_seed(0)
         hidden = torch.randn(T, H, generator=g, device=device)
         weight = (torch.randn(V, H, generator=g, device=device) * (3 / H**0.5)).to(dtype)
@@ -73,7 +73,7 @@ Loss = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """`note`: what differs in what it computes. `load(beta)` raises ImportError, or ValueError for a beta it lacks."""
+    """`note`: how its computation differs. `load(beta)` raises ImportError, or ValueError for an unsupported beta."""
 
     load: Callable[[float], Loss]
     note: str = ""
@@ -174,7 +174,7 @@ def trl_chunked(beta: float) -> Loss:
 
 
 def torchtune(beta: float) -> Loss:
-    """As torchtune's recipes: the hidden states [1, T, H] in 8 chunks, each through the head, then the list's loss."""
+    """As in torchtune's recipes: the hidden states [1, T, H] in 8 chunks, each through the head, then their loss."""
     if beta != 0:
         raise ValueError(f"torchtune's chunked loss is for the forward direction (beta 0), got {beta}")
     forward_kl = _torchtune_losses().ForwardKLWithChunkedOutputLoss()
@@ -191,7 +191,7 @@ def torchtune(beta: float) -> Loss:
 
 
 def _torchtune_losses() -> Any:
-    """torchtune's file of losses alone: importing the package needs a torchao that PEFT refuses."""
+    """torchtune's file of losses alone: importing the package needs a version of torchao that PEFT rejects."""
     path = importlib.metadata.distribution("torchtune").locate_file("torchtune/modules/loss/kd_losses.py")
     spec = importlib.util.spec_from_file_location("torchtune_losses", str(path))
     assert spec is not None and spec.loader is not None

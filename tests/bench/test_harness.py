@@ -105,7 +105,7 @@ def test_a_case_is_profiled_in_the_size_asked_for(monkeypatch, capsys, device: s
 def test_a_case_of_a_gpu_is_not_profiled_in_full_size_without_one(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert profiling.main(["four 7B"], "cuda", False, 3) == 2
-    assert "no GPU; --toy" in capsys.readouterr().out
+    assert "no GPU: use --toy" in capsys.readouterr().out
 
 
 def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None:

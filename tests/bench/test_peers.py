@@ -78,7 +78,7 @@ def test_toys_and_absent_records_make_no_page(tmp_path: Path, capsys, is_there: 
         entry = {"case": "loss-a", "who": {"rbfast": {"seconds": [1.0, 1.0]}}, "is_toy": True}
         record.write_text(json.dumps(entry) + "\n")
     assert cpu_page.main([str(record), "--docs", str(tmp_path)]) == 2
-    assert f"expected cases in which rbfast has figures, found {found}" in capsys.readouterr().err
+    assert f"expected cases in which rbfast was timed, found {found}" in capsys.readouterr().err
     assert not (tmp_path / "bench.md").exists()
 
 
