@@ -142,7 +142,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         "-o", "--out", type=output_folder, required=True, help="folder to write; the same command resumes there"
     )
     sub.add_argument(
-        "--server", metavar="URL", help="OpenAI-compatible server, its URL through /v1; key: RBFAST_API_KEY"
+        "--server", metavar="URL", help="URL of an OpenAI-compatible server, through /v1; key: RBFAST_API_KEY"
     )
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for more of a reply (default: 600)")
     sub.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
@@ -168,9 +168,9 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     )
     solutions.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     solutions.add_argument(
-        "--max-cost", type=float, help="stop before the cost can exceed this, in the --prices' currency"
+        "--max-cost", type=float, help="stop before the cost can exceed this, in the currency of --prices"
     )
-    solutions.add_argument("--max-total-tokens", type=int, help="stop before the total of tokens can exceed this")
+    solutions.add_argument("--max-total-tokens", type=int, help="stop before the token total can exceed this")
     scoring = sub.add_argument_group("log-probs")
     scoring.add_argument(
         "--score", action="store_true", help="get log-probs of the traces in SOURCE, not new solutions"

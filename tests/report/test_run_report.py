@@ -141,7 +141,7 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     assert "img" not in page.tags
 
     write_run(tmp_path / "no_roles", **{"log.json": '[{"step": 1, "loss": 2.0}]', "skipped.jsonl": ""})
-    assert "holds no loss by role" in page_of(tmp_path / "no_roles")
+    assert "has no loss by role" in page_of(tmp_path / "no_roles")
     (tmp_path / "no_roles" / "before.jsonl").unlink()
     page = Page(page_of(tmp_path / "no_roles"))
     assert "Nothing was measured before the training" in page.text and "75.0% (" in page.text
