@@ -6,6 +6,7 @@ fields_by_meaning(("question", "deepseek_thinking_trajectory", "deepseek_attempt
 ```
 """
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -148,15 +149,26 @@ def check_map(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def value_at(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field. `info.answer` is the field `answer` of the object `info`."""
+    """The value of a field. `info.answer` is the field `answer` of the object `info`, which may be JSON text."""
     if field in row:
         return row[field]
     value: Any = row
     for part in field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+        value = as_mapping(value)
+        if part not in value:
             raise TraceError(f"{field}: expected this field, got {field_names(row)}; name another with --map")
         value = value[part]
     return value
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, also one given as a short JSON text; empty for anything else."""
+    if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def field_names(row: Mapping[str, Any]) -> str:

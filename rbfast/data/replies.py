@@ -15,8 +15,8 @@ from rbfast.data.conversations import (
     split_content,
     split_thinking,
 )
-from rbfast.data.fields import Field, field_names, fields_by_meaning
-from rbfast.data.row import RowFields, as_mapping, sole_candidate
+from rbfast.data.fields import Field, as_mapping, field_names, fields_by_meaning
+from rbfast.data.row import RowFields, sole_candidate
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import show
 
@@ -109,9 +109,9 @@ def _select_replies(
         if whole[number] and isinstance(reply, Reply)
     ]
     if not complete:
-        unread = next((reply for reply in replies if isinstance(reply, TraceError)), None)
-        if unread is not None and all(whole):
-            raise unread
+        for reply, is_complete in zip(replies, whole, strict=True):
+            if is_complete and isinstance(reply, TraceError):
+                raise reply
         raise TraceError(f"generations: expected a complete reply, got {len(replies)} truncated; leave the row out")
     return [reply for reply in complete if reply.verified] or complete[:1]
 

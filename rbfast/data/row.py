@@ -4,7 +4,6 @@ RowFields({"question": "2+2?", "gold": "4"}).one("answer")                # (Fie
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from rbfast.data.answers import as_text
 from rbfast.data.choices import options_in_fields, parse_options
-from rbfast.data.fields import Field, fields_by_meaning, value_at
+from rbfast.data.fields import MAPPED, Field, as_mapping, fields_by_meaning, value_at
 from rbfast.data.trace import TraceError
 
 _MEDIA = re.compile(r"(image|video|audio)s?(_\d+)?", re.IGNORECASE)
@@ -85,21 +84,9 @@ def sole_candidate(role: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[
     """The only candidate, or None. Raises TraceError if there are several with different values."""
     if any(value != candidates[0][1] for _, value in candidates[1:]):
         names = [field.name for field, _ in candidates]
-        raise TraceError(
-            f"{role}: expected one field or equal values, got {' and '.join(names)}; choose one with "
-            f"--map {role}={names[0]}"
-        )
+        fix = f"choose one with --map {role}={names[0]}" if role in MAPPED else "keep one of them"
+        raise TraceError(f"{role}: expected one field or equal values, got {' and '.join(names)}; {fix}")
     return candidates[0] if candidates else None
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping, also one given as a short JSON text; empty for anything else."""
-    if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return {}
-    return value if isinstance(value, Mapping) else {}
 
 
 def check_shows_nothing(row: Mapping[str, Any]) -> None:

@@ -99,6 +99,7 @@ def test_the_teacher_can_be_chosen_and_must_be_without_grades() -> None:
         ({"question": "p", "prompt": "q", "output": "\\boxed{1}"}, "question and prompt; .*problem=question"),
         ({"prompt": "p", "response": "a", "output": "b"}, "reply: expected one field .* response and output"),
         ({"prompt": "p", "response": "So.", "answer": "1", "gold": "2"}, "answer: expected one .* answer and gold"),
+        ({"prompt": "p", "history": [["a", "b"]], "chat_history": [["a", "c"]]}, "history; keep one of them"),
         ({"question": [{"role": "thought", "content": "t"}], "solution": "4"}, "problem: expected text or messages"),
         (conversation(("user", "p")), "reasoning: expected a reply to the last turn or this field, got messages"),
         (conversation(("user", "p"), ("user", "q"), ("assistant", "b")), "the user's first, got user, user, assistant"),
@@ -277,6 +278,21 @@ def test_a_reply_that_calls_a_tool_is_refused(call: str) -> None:
 def test_a_tool_call_is_recognised_without_special_tokens(call: str) -> None:
     with pytest.raises(TraceError, match="calls a tool"):
         split_thinking(f"analysisa.assistant{call}assistantfinalb")
+
+
+def test_fields_inside_json_text_can_be_named() -> None:
+    row = {"prompt": "p", "response": "So.", "info": '{"answer": "1", "gold": "2"}'}
+    with pytest.raises(TraceError, match=r"info\.answer and info\.gold; choose one with --map answer=info\.answer"):
+        interpret(row)
+    [trace] = interpret(row, FormatOptions(fields={"answer": "info.gold"})).rows
+    assert trace["answer"] == "2"
+
+
+def test_unreadable_generations_are_not_called_truncated() -> None:
+    row = {"problem": "p", "generations": ["<think>a", "<think>b</think>"], "is_reasoning_complete": [False, True]}
+    with pytest.raises(TraceError) as unreadable:
+        interpret(row)
+    assert "truncated" not in str(unreadable.value)
 
 
 @pytest.mark.parametrize("field", ["image", "images", "image_1", "Video", "audio"])
