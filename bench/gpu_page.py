@@ -1,4 +1,5 @@
-"""Reports what bash bench/gpu.sh measured: a page with a row per case, JSON, and a short table for the terminal.
+"""Reports what bash bench/gpu.sh measured: a row per case on a page, JSON, and a short table for the terminal. What the
+page has outside of the section `measured` is kept.
 
 python bench/gpu_page.py runs/gpu/cases.jsonl --page docs/gpu.md --json runs/gpu/gpu.json
 """
@@ -13,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from publish import put_section
 from registry import FLOORS
 
 from rbfast import ops
@@ -25,7 +27,7 @@ HEADS = ("case", "rbfast", "floor", "share", "peers", "waits", "extra", "bars")
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="file that bench/run.py --record wrote")
-    parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--page", type=Path, required=True, help="Markdown file with the section")
     parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--kernels", type=Path, help="output of bench/run.py --kernels, for the end of the page")
     args = parser.parse_args(argv)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     kernels = args.kernels.read_text() if args.kernels and args.kernels.exists() else ""
     record = {"environment": facts, "cases": entries, "kernels": kernels.splitlines()}
     write_text(args.json, json.dumps(record, indent=1) + "\n")
-    write_text(args.page, page(facts, entries, kernels))
+    put_section(args.page, "measured", section(facts, entries, kernels), title="On a GPU")
     print(terminal(entries))
     return 0
 
@@ -105,10 +107,8 @@ def _bar(bar: Entry) -> str:
 # ---- the page and the terminal ----
 
 
-def page(facts: Mapping[str, str], entries: Sequence[Entry], kernels: str) -> str:
+def section(facts: Mapping[str, str], entries: Sequence[Entry], kernels: str) -> str:
     text = [
-        "# On a GPU",
-        "",
         "Written by `bash bench/gpu.sh`. Times are medians over rounds in which the peers alternate, with the median",
         "deviation: of CUDA events, or of the wall clock for host-bound work. The floor is the work's own GEMMs or a",
         "copy of its bytes (for an adapter: the frozen model). Share is floor / rbfast; a peer's ratio is its time",

@@ -40,16 +40,16 @@ def kind_of(facts: Mapping[str, str], machine: str) -> str:
     return f"{zen.get(family, maker) if facts.get('vendor_id') == 'AuthenticAMD' else maker}, {unit}"
 
 
-def put_section(path: Path, name: str, text: str) -> None:
+def put_section(path: Path, name: str, text: str, title: str = "Results") -> None:
     """Replaces the text between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays byte for byte.
 
-    Missing markers are appended; a missing file is created, with a heading.
+    Missing markers are appended; a missing file is created, with `title` as its heading.
 
     Raises:
         ValueError: only one marker is there, a marker is repeated, or they are in the wrong order.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    old = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n"
     before, opened, rest = old.partition(start)
     _, closed, after = rest.partition(end)
     if (old.count(start), old.count(end)) not in ((0, 0), (1, 1)) or bool(opened) != bool(closed):

@@ -76,7 +76,9 @@ def add_instruction(sub: argparse.ArgumentParser | argparse._ArgumentGroup, defa
     )
 
 
-TRAINED_WITH = "the one that the adapter or merged model was trained with, else boxed if MODEL's template has thinking"
+TRAINED_WITH = (
+    "that of the adapter's or merged model's training; else boxed if MODEL's template has thinking; else answer"
+)
 
 
 def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":

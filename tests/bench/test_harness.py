@@ -126,11 +126,15 @@ def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> No
     failed = {"case": "loss-b", "group": "loss", "failed": "RuntimeError: no"}
     record = tmp_path / "cases.jsonl"
     record.write_text("".join(json.dumps(line) + "\n" for line in [entry, failed] * 20))
+    (tmp_path / "gpu.md").write_text(
+        "# On a GPU\n\nA note.\n\n<!-- measured -->\nstale\n<!-- /measured -->\nThe end.\n"
+    )
     paths = [str(record), "--page", str(tmp_path / "gpu.md"), "--json", str(tmp_path / "gpu.json")]
     assert gpu_page.main(paths) == 0
     line = "| loss-a | 2 ms ±0% | 1 ms ±0% | 50% | theirs 4 (2.00x); absent: x is not installed | 2 | 1.05 GB |"
     page = (tmp_path / "gpu.md").read_text()
     assert f"{line} MISSED: rbfast ms <= 1 (2) |" in page
+    assert "A note." in page and "The end." in page and "stale" not in page
     assert "FAILED: RuntimeError: no" in page and "theirs: whole logits" in page
     said = capsys.readouterr().out
     assert "40 cases, 20 failed; 20 bars, 20 missed" in said
