@@ -14,7 +14,11 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in NAMES:
         print(f"expected the name of an experiment, one of {', '.join(NAMES)}; got {argv[:1] or 'nothing'}")
         return 2
-    return import_module(f"experiments.{argv[0]}").main(argv[1:])
+    try:
+        return import_module(f"experiments.{argv[0]}").main(argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{argv[0]}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
