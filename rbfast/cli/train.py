@@ -190,11 +190,11 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
-    from rbfast.on_policy.rounds import check_config, distill_on_policy
+    from rbfast.on_policy.rounds import check_config, distill_on_policy, plan_on_policy
     from rbfast.on_policy.samples import Writing
     from rbfast.teacher.solutions import read_questions
 
-    if given := _given(args, "signals", "held_out", "keep_best", "plan", "shard"):
+    if given := _given(args, "signals", "held_out", "keep_best", "shard"):
         raise ValueError(f"{given[0]} has no meaning with --rounds: leave one of them out")
     if args.teacher is None:
         raise ValueError("--rounds needs --teacher: a model that corrects what the student writes")
@@ -204,19 +204,13 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
     served = _served_teacher(args)
     questions = read_questions(args.traces, seed=args.seed, options=format_options(args))
     model, tokenizer, teacher = _load_models(args)
+    arguments = {"teacher": served or teacher, "rounds": args.rounds, "writing": writing, "adapter": args.adapter}
+    if args.plan:
+        plan = plan_on_policy(model, tokenizer, questions, config, **arguments)
+        return print_result(args, plan.to_dict(), str(plan))
     try:
         run = distill_on_policy(
-            model,
-            tokenizer,
-            questions,
-            args.out,
-            config,
-            args.json,
-            teacher=served or teacher,
-            rounds=args.rounds,
-            writing=writing,
-            adapter=args.adapter,
-            report_to=args.report_to,
+            model, tokenizer, questions, args.out, config, args.json, report_to=args.report_to, **arguments
         )
     except KeyboardInterrupt:
         print(f"the completions are kept; training: {_resume_message(args.out, config)}", file=sys.stderr)

@@ -7,8 +7,8 @@ teacher = load_teacher("their-model", tokenizer, model.dtype)
 run = distill_on_policy(model, tokenizer, read_questions("problems.jsonl"), "runs/own", teacher=teacher, rounds=8)
 ```
 
-A round is an epoch of one training, so AdamW and the schedule go on from round to round. The folder is that of
-`distill`; `samples/` holds what was written.
+A round is an epoch of one training, so AdamW and the schedule continue across rounds. The folder is that of
+`distill`; `samples/` holds the completions.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from rbfast.inference.cache import cache_bytes
 from rbfast.on_policy.samples import Writer, Writing, example_of_sample, longest_example, write_samples
 from rbfast.on_policy.served_teacher import ServedTeacher
 from rbfast.teacher.jobs import Question
-from rbfast.training.distill import Run, TrainingData, train_examples, with_instruction
+from rbfast.training.distill import Run, TrainingData, plan_examples, train_examples, with_instruction
 from rbfast.training.distill_config import DistillConfig
 from rbfast.training.examples import instruction_of
 from rbfast.training.objective import Objective
+from rbfast.training.plan import Plan
 from rbfast.training.resume import digest_records
 from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.processes import is_first_process
@@ -82,6 +83,58 @@ def distill_on_policy(
         ServerError: the server of the teacher does not score prompts, or gives up. What was written is kept.
     """
     out, start = Path(out), time.monotonic()
+    examples, data, config = _prepare(
+        model, tokenizer, questions, out / SAMPLES, config, teacher, rounds, writing, adapter
+    )
+    run = train_examples(
+        model,
+        tokenizer,
+        data,
+        out,
+        config,
+        quiet,
+        teacher=_beside(teacher),
+        adapter=adapter,
+        report_to=report_to,
+        progress=_RoundsBar(quiet or not is_first_process(), examples),
+        start=start,
+    )
+    return replace(run, traces=rounds * len(examples))
+
+
+def plan_on_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    config: DistillConfig = DEFAULTS,
+    *,
+    teacher: PreTrainedModel | ServedTeacher,
+    rounds: int = 8,
+    writing: Writing = Writing(),
+    adapter: str | Path | None = None,
+) -> Plan:
+    """The resources that `distill_on_policy` would need with these arguments, if all completions were as long as they
+    may be. Writes and trains nothing. Raises ValueError and TypeError as `distill_on_policy` does."""
+    _, data, config = _prepare(model, tokenizer, questions, Path(SAMPLES), config, teacher, rounds, writing, adapter)
+    return plan_examples(model, data, config, _beside(teacher), adapter)
+
+
+def _beside(teacher: PreTrainedModel | ServedTeacher) -> PreTrainedModel | None:
+    return None if isinstance(teacher, ServedTeacher) else teacher
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    folder: Path,
+    config: DistillConfig,
+    teacher: PreTrainedModel | ServedTeacher,
+    rounds: int,
+    writing: Writing,
+    adapter: str | Path | None,
+) -> tuple[_Rounds, TrainingData, DistillConfig]:
+    """The examples, which `_RoundsBar` writes round by round; and the data and the config of the training on them."""
     check_config(config)
     for other in (question for question in questions if not isinstance(question, Question)):
         raise TypeError(f"expected a list of Question, got {show(other)}: read_questions(FILE) reads one from a file")
@@ -89,7 +142,7 @@ def distill_on_policy(
     config = with_instruction(config, adapter, model)
     writer = Writer(model, tokenizer, former or instruction_of(tokenizer, config))
     served = teacher if isinstance(teacher, ServedTeacher) else None
-    examples = _Rounds(writer, _deal(questions, rounds, config), writing, out / SAMPLES, config.seed, served)
+    examples = _Rounds(writer, _deal(questions, rounds, config), writing, folder, config.seed, served)
     data = TrainingData(
         examples,
         [],
@@ -99,20 +152,7 @@ def distill_on_policy(
         is_on_policy=True,
         cache=cache_bytes(model, min(writing.batch_size, len(examples)), len(examples[0].input_ids)),  # of the longest
     )
-    run = train_examples(
-        model,
-        tokenizer,
-        data,
-        out,
-        replace(config, epochs=float(rounds)),
-        quiet,
-        teacher=None if isinstance(teacher, ServedTeacher) else teacher,
-        adapter=adapter,
-        report_to=report_to,
-        progress=_RoundsBar(quiet or not is_first_process(), examples),
-        start=start,
-    )
-    return replace(run, traces=rounds * len(examples))
+    return examples, data, replace(config, epochs=float(rounds))
 
 
 def _settings(

@@ -266,11 +266,22 @@ def plan_run(
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config)
     check_positions(model, [*examples, *encode_held_out(eval_traces, tokenizer, config)])
+    return plan_examples(model, TrainingData(examples, [], skipped, {}), config, teacher, adapter)
+
+
+def plan_examples(
+    model: PreTrainedModel,
+    data: TrainingData,
+    config: DistillConfig,
+    teacher: PreTrainedModel | None = None,
+    adapter: str | Path | None = None,
+) -> Plan:
+    """The resources that `train_examples` would need with these arguments."""
     if adapter is not None:
         _check_no_shape_options(config, adapter)
-    attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
+    attached = _attach_adapter(model, data.examples, replace(config, placement="random"), teacher, adapter)
     try:
-        return _plan_batches(model, attached, TrainingData(examples, [], skipped, {}), config, teacher)
+        return _plan_batches(model, attached, data, config, teacher)
     finally:
         attached.detach()
 

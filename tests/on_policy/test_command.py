@@ -61,6 +61,12 @@ def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
     assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
 
 
+def test_a_plan_is_printed_and_nothing_written(setup, tmp_path, capsys):
+    assert distill(setup, tmp_path / "run", *of_rounds(setup, "--plan", "--samples", "2")) == 0
+    assert "of key-value cache" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and not Path("samples").exists()
+
+
 def test_a_teacher_may_be_behind_a_server(setup, tmp_path, capsys):
     student, teacher = (f"{setup.folder}/models/{name}" for name in ("student", "teacher"))
     with serving(
@@ -104,7 +110,6 @@ def test_the_loss_may_be_another_divergence(setup, tmp_path):
         (("--rounds", "2", "--server", "http://localhost/v1"), "--rounds needs --teacher"),
         (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),
         (("--rounds", "2", "--held-out", "0.1"), "--held-out has no meaning with --rounds"),
-        (("--rounds", "2", "--plan"), "--plan has no meaning with --rounds"),
         (("--rounds", "2", "--teacher", "x", "--ce-weight", "0.5"), "ce_share (--ce-weight) must be 0, got 0.5"),
         (("--rounds", "2", "--teacher", "x", "--max-tokens", "99"), "max_tokens (--max-tokens) is for traces"),
     ],
