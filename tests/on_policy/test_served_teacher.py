@@ -131,6 +131,15 @@ def test_a_server_that_cannot_score_is_named_before_the_student_writes(tmp_path,
         assert not list((tmp_path / name).glob("samples/round-*"))
 
 
+def test_a_server_may_show_a_whole_character_for_the_token_that_ends_it(tmp_path, server):
+    text = server.text
+    server.text = lambda number: text(number).replace("\ufffd", "é")
+    run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
+    records = [json.loads(line) for lines in written(tmp_path).values() for line in lines.splitlines()]
+    drawn = [token for record in records for token in record["ids"]]
+    assert any("\ufffd" in text(token) for token in drawn)
+
+
 def test_processes_share_the_requests(tmp_path, server, monkeypatch):
     run(tmp_path / "run", teacher=ServedTeacher(server.client(), k=4))
     rounds = module._Rounds(
