@@ -122,11 +122,13 @@ class Plan:
 
     def _advice(self) -> str:
         if self.fixed > _USABLE * (self.memory or 0):
-            return "the weights alone are too large: use --load-in 4bit, or --shard"
+            return f"the weights alone are too large: use --load-in 4bit{'' if self.cache else ', or --shard'}"
         if self.cache > self._of_batch:
             return "use a smaller --sample-batch-size"
         if self.kept_checkpointed is not None and not self.is_checkpointed:
             return "use --gradient-checkpointing"
+        if self.cache:  # on-policy rounds
+            return "use a smaller --batch-size or --max-new-tokens"
         return f"use --tokens-per-batch {self._tokens_that_fit()}, or shorter traces"
 
     def _tokens_that_fit(self) -> int:

@@ -203,6 +203,9 @@ def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
     assert f"writing      at most {plan.cache / 1e6:.1f} MB of key-value cache" in str(plan)
     large = replace(plan, memory=2 * plan.fixed, cache=10**9)
     assert large.needed == plan.fixed + 10**9 and "use a smaller --sample-batch-size" in str(large)
+    tight = replace(plan, memory=2 * plan.fixed, kept=10**9, is_checkpointed=True, kept_checkpointed=10**9)
+    assert "use a smaller --batch-size or --max-new-tokens" in str(tight)
+    assert "--shard" in str(replace(plan, memory=1, cache=0)) and "--shard" not in str(replace(plan, memory=1))
 
 
 def test_a_student_may_write_a_row_of_its_head_that_its_teacher_lacks(tmp_path):
