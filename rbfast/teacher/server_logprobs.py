@@ -25,6 +25,7 @@ from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces, try_to_add
+from rbfast.utils.records import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,6 +213,8 @@ class _Reader:
         for row in np.flatnonzero(example.labels != IGNORE).tolist():
             number, top = ids[row + 1], tops[row + 1]
             self._check_same(name, number, (top.get(str(number)) or {}).get("decoded_token"))
+            if not all(n.isdecimal() for n in top):
+                raise TypeError(f"expected token ids, got {show(next(n for n in top if not n.isdecimal()))}")
             logprobs = {int(n): entry["logprob"] for n, entry in top.items() if int(n) < len(self.tokens)}
             rows.append((row, [*logprobs], [*logprobs.values()]))
         return rows

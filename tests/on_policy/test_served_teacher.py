@@ -127,7 +127,12 @@ def test_a_server_that_cannot_score_is_named_before_the_student_writes(tmp_path,
     with serving(teacher(), TOKENIZER) as foreign, pytest.raises(TokenizersDiffer, match="the tokenizers differ"):
         foreign.text = "other {}".format
         run(tmp_path / "foreign", teacher=ServedTeacher(foreign.client()))
-    for name in ("plain", "foreign"):
+    server.complete = type(server).complete.__get__(server)
+    ranked = server._ranked
+    server._ranked = lambda *row: {f"token {number}": entry for number, entry in ranked(*row).items()}
+    with pytest.raises(ServerError, match="TypeError: expected token ids, got str 'token "):
+        run(tmp_path / "named", teacher=ServedTeacher(server.client()))
+    for name in ("plain", "foreign", "named"):
         assert not list((tmp_path / name).glob("samples/round-*"))
 
 
