@@ -150,15 +150,19 @@ def check_map(fields: Mapping[str, str]) -> dict[str, str]:
 
 def value_at(row: Mapping[str, Any], field: str) -> Any:
     """The value of a field. `info.answer` is the field `answer` of the object `info`, which may be JSON text."""
+    found = _values_at(row, field)
+    if not found:
+        raise TraceError(f"{field}: expected this field, got {field_names(row)}; name another with --map")
+    return found[0]
+
+
+def _values_at(row: Mapping[str, Any], field: str) -> list[Any]:
+    """The value of a field, or none. A name may contain dots itself, so the longest first part that fits counts."""
     if field in row:
-        return row[field]
-    value: Any = row
-    for part in field.split("."):
-        value = as_mapping(value)
-        if part not in value:
-            raise TraceError(f"{field}: expected this field, got {field_names(row)}; name another with --map")
-        value = value[part]
-    return value
+        return [row[field]]
+    dots = [at for at, letter in enumerate(field) if letter == "."]
+    heads = (at for at in reversed(dots) if field[:at] in row)
+    return next(filter(None, (_values_at(as_mapping(row[field[:at]]), field[at + 1 :]) for at in heads)), [])
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

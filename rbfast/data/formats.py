@@ -106,6 +106,7 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         if missing is not None:
             raise TraceError(f"{missing}: expected this field, got {field_names(row)}; {MAP_HINT}")
     values, batch = unwrap(row)
+    check_shows_nothing(values)
     if options.format == "batch" and batch is None:
         raise TraceError(f"expected a batch's request with its response, got {field_names(row)}")
     fields = RowFields(values, options.fields, options.teacher_field)
@@ -299,6 +300,7 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     check_shows_nothing(row)
     trace = _native_row(row, options.fields)
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
+    check_shows_nothing(fields.values)
     question = _find_question(fields) if trace is None else _question_of_trace(trace, fields)
     if earlier := question.earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave the row out")

@@ -15,7 +15,7 @@ from rbfast.data.choices import options_in_fields, parse_options
 from rbfast.data.fields import MAPPED, Field, as_mapping, fields_by_meaning, value_at
 from rbfast.data.trace import TraceError
 
-_MEDIA = re.compile(r"(image|video|audio)s?(_\d+)?", re.IGNORECASE)
+_MEDIA = re.compile(r"(image|video|audio)s?_?\d*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,22 @@ def sole_candidate(role: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[
 def check_shows_nothing(row: Mapping[str, Any]) -> None:
     """Raises TraceError for a row with an image, a video or a sound, which a student of text does not get."""
     for name, value in row.items():
-        if _MEDIA.fullmatch(str(name)) and _is_filled(value):
+        if _MEDIA.fullmatch(str(name)) and _shows_something(value):
             raise TraceError(
                 f"{name}: the row comes with an image, a video or a sound, which a student of text does not get; leave "
                 "the row out, or remove this field if the text does not need it"
             )
+
+
+def _shows_something(value: object) -> bool:
+    """Whether a value is a medium: not a flag, a missing value, or an object or list without content."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("", "none", "null", "nan", "n/a")
+    if isinstance(value, Mapping):
+        return any(map(_shows_something, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_shows_something, value))
+    return value is not None and not isinstance(value, bool | int | float)
 
 
 def _is_filled(value: object) -> bool:

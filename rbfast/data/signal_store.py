@@ -93,7 +93,7 @@ class SignalStore:
         return len(self._locations) + len(self._pending)
 
     def __contains__(self, example: Example) -> bool:
-        key = _example_key(example)
+        key = example_key(example)
         return key in self._locations or any(entry.key == key for entry in self._pending)
 
     def add(self, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
@@ -107,7 +107,7 @@ class SignalStore:
         ids = np.pad(np.where(logprobs == -math.inf, 0, ids), blank)
         logprobs = np.pad(logprobs, blank, constant_values=-math.inf)
         entry = _Entry(
-            _example_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32)
+            example_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32)
         )
         self._pending.append(entry)
         if sum(len(entry.rows) for entry in self._pending) >= _SHARD_TOKENS:
@@ -136,7 +136,7 @@ class SignalStore:
         """Set the signals of each example; returns the examples without any. Raises ValueError for a broken shard."""
         self.flush()
         examples = list(examples)
-        places = [self._locations.get(_example_key(example)) for example in examples]
+        places = [self._locations.get(example_key(example)) for example in examples]
         # In the order of the shards, so that each is loaded once: they are large.
         in_order = sorted((place, index) for index, place in enumerate(places) if place is not None)
         for (number, item), index in in_order:
@@ -221,7 +221,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _example_key(example: Example) -> bytes:
+def example_key(example: Example) -> bytes:
     """A hash of an example's tokens and of where its trained tokens start."""
     first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
     data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()

@@ -86,6 +86,8 @@ def distill_on_policy(
     examples, data, config = _prepare(
         model, tokenizer, questions, out / SAMPLES, config, teacher, rounds, writing, adapter
     )
+    if isinstance(teacher, ServedTeacher) and not (out / SAMPLES).exists():
+        teacher.check(examples.writer.prompt_ids(questions[0]), tokenizer)  # before the folder is tied to the settings
     run = train_examples(
         model,
         tokenizer,
@@ -246,16 +248,13 @@ class _Rounds(Sequence[Example]):
         """
         self.number = number
         questions, path = self.rounds[number], self.folder / f"round-{number + 1:03}.jsonl"
-        tokenizer, signals = self.writer.tokenizer, self.folder / SIGNALS
-        if self.teacher is not None and not path.exists():
-            self.teacher.check(self.writer.prompt_ids(questions[0]), tokenizer, signals)
         named, written = f"{self.seed}:{number}", partial(_show, show, "problems written")
         records = write_samples(self.writer, questions, self.writing, path, named, written)
         self.examples = [example_of_sample(self.writer, questions[record["number"]], record) for record in records]
         if self.teacher is None:
             return records, []
-        scored = partial(_show, show, "completions scored")
-        return records, self.teacher.correct(self.examples, tokenizer, signals, scored)
+        signals, scored = self.folder / SIGNALS / path.stem, partial(_show, show, "completions scored")
+        return records, self.teacher.correct(self.examples, self.writer.tokenizer, signals, scored)
 
 
 def _show(show: Callable[[str], None], what: str, done: int, total: int) -> None:

@@ -17,11 +17,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.data.encoding import IGNORE, NO_ROLE, Example, example_of
-from rbfast.data.signal_store import SignalStore
+from rbfast.data.signal_store import SignalStore, example_key
 from rbfast.data.spans import ANSWER
-from rbfast.teacher.client import Server
+from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import Progress
-from rbfast.teacher.server_logprobs import add_example_logprobs
+from rbfast.teacher.server_logprobs import add_example_logprobs, check_scores
 from rbfast.utils.processes import process_count, process_index
 
 
@@ -46,14 +46,15 @@ class ServedTeacher:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def check(self, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    def check(self, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Score a prompt, to find out before the student writes whether the server can.
 
         Raises:
             ServerError: it cannot.
             TokenizersDiffer: its tokens differ from the student's.
         """
-        self._score([example_of(prompt[:1], prompt[1:], [ANSWER] * (len(prompt) - 1))], tokenizer, folder)
+        scored = example_of(prompt[:1], prompt[1:], [ANSWER] * (len(prompt) - 1))
+        check_scores(self.server, scored, tokenizer, self.k)
 
     def correct(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
@@ -65,21 +66,25 @@ class ServedTeacher:
             The reasons for which examples got none.
 
         Raises:
-            ServerError, TokenizersDiffer: as `add_server_logprobs`.
+            ServerError: no example got any, or as `add_example_logprobs`.
+            TokenizersDiffer: the server's tokens differ from the student's.
         """
-        share = examples[process_index() :: process_count()]
-        reasons = gather_object(self._score(share, tokenizer, folder, progress))
+        distinct = list({example_key(example): example for example in examples}.values())
+        share = distinct[process_index() :: process_count()]
+        reasons = list(gather_object(self._score(share, tokenizer, folder, progress)))
+        if len(reasons) == len(distinct):
+            raise ServerError(f"{self.server.url} scored none of the completions of a round: {reasons[0]}")
         self._store(tokenizer, folder).fill(examples)  # opened anew, so with the shards of all processes
         for example in examples:
             _drop_labels_without_logprobs(example)
-        return list(reasons)
+        return reasons
 
     def _score(
         self,
         examples: Sequence[Example],
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> list[str]:
         with self._store(tokenizer, folder) as store:
             refused = add_example_logprobs(

@@ -9,6 +9,7 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 from rbfast.data.chat_template import format_prompt
 from rbfast.data.encoding import IGNORE, Example
 from rbfast.data.instruction import Instruction
-from rbfast.data.signal_store import SignalStore
+from rbfast.data.signal_store import SignalStore, example_key
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
 from rbfast.teacher.client import Server, ServerError
@@ -93,12 +94,21 @@ def add_example_logprobs(
         The examples that got no log-probs, with the reason.
 
     Raises:
-        As `add_server_logprobs`.
+        TokenizersDiffer: the server's tokens differ from the student's.
+        ServerError: no answer after all retries, or one without log-probs.
     """
-    reader = _Reader(server, tokenizer, store.k - 1, store.k, "vllm", align=False)
-    missing = [example for example in examples if example not in store]
+    reader = _ExampleReader(server, tokenizer, store.k - 1, store.k)
+    missing = list({example_key(example): example for example in examples if example not in store}.values())
     jobs = [_Job(example, partial(reader.read_ids, example, "a completion")) for example in missing]
-    return [(missing[number], str(reason)) for number, reason in _score_all(jobs, store, concurrency, progress)]
+    refused = _score_all(jobs, store, concurrency, progress, is_checked=True)
+    return [(missing[number], str(reason)) for number, reason in refused]
+
+
+def check_scores(server: Server, example: Example, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
+    """Score an example, to find out whether `add_example_logprobs` can use the server. Raises as that does."""
+    result = _ExampleReader(server, tokenizer, k, k + 1).read_ids(example, "a prompt")
+    if not isinstance(result, tuple):
+        raise result if isinstance(result, ServerError) else ServerError(f"{server.url}: {result}")
 
 
 class _Job(NamedTuple):
@@ -109,15 +119,18 @@ class _Job(NamedTuple):
 
 
 def _score_all(
-    jobs: Sequence[_Job], store: SignalStore, concurrency: int, progress: Progress | None
+    jobs: Sequence[_Job], store: SignalStore, concurrency: int, progress: Progress | None, is_checked: bool = False
 ) -> list[tuple[int, str | ServerError]]:
-    """Run the jobs and add their log-probs to `store`. Returns which jobs (by number) got none, with the reason."""
+    """Run the jobs and add their log-probs to `store`. Returns which jobs (by number) got none, with the reason.
+
+    Raises the refusal if the server refuses all of the first jobs, unless it is known to score (`is_checked`).
+    """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     refused: list[tuple[int, str | ServerError]] = []
     queue = iter(enumerate(jobs))
     with ThreadPoolExecutor(concurrency) as pool:
-        done, refusal, scores = 0, None, len(store) > 0
+        done, refusal, scores = 0, None, is_checked or len(store) > 0
         while batch := list(islice(queue, 4 * concurrency)):
             futures = [pool.submit(job.read) for _, job in batch]
             try:
@@ -165,6 +178,9 @@ class _Reader:
     Asks for `k` candidates per token, and keeps the best `width`: vLLM lists the actual token as one more.
     """
 
+    other_tokens = "use align=True (--align) to score only the tokens that both split alike"
+    other_server = f"dialects: {', '.join(DIALECTS)}"
+
     def __init__(
         self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, width: int, dialect: Dialect, align: bool
     ) -> None:
@@ -182,12 +198,12 @@ class _Reader:
 
     def read_ids(self, example: Example, name: str) -> _Result:
         """As `read`, by the student's token ids."""
-        return self._table(partial(self._by_ids, example, name))
+        return self._table(partial(self._by_ids, example, name), "the server sent no candidates for its tokens")
 
-    def _table(self, read_rows: Callable[[], list[_Row]]) -> _Result:
+    def _table(self, read_rows: Callable[[], list[_Row]], nothing: str = NOTHING_SHARED) -> _Result:
         try:
             rows = read_rows()
-            return _top_k_table(rows, self.width) if rows else NOTHING_SHARED
+            return _top_k_table(rows, self.width) if rows else nothing
         except TokenizersDiffer:
             raise
         except ServerError as error:
@@ -216,7 +232,8 @@ class _Reader:
             if not all(n.isdecimal() for n in top):
                 raise TypeError(f"expected token ids, got {show(next(n for n in top if not n.isdecimal()))}")
             logprobs = {int(n): entry["logprob"] for n, entry in top.items() if int(n) < len(self.tokens)}
-            rows.append((row, [*logprobs], [*logprobs.values()]))
+            if any(value > -math.inf for value in logprobs.values()):
+                rows.append((row, [*logprobs], [*logprobs.values()]))
         return rows
 
     def _check_same(self, name: str, number: int, theirs: str | None) -> None:
@@ -227,7 +244,7 @@ class _Reader:
         if theirs.strip() != ours.strip():  # some servers drop the leading space
             raise TokenizersDiffer(
                 f"{name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
-                "tokenizers differ; use align=True (--align) to score only the tokens that both split alike"
+                f"tokenizers differ; {self.other_tokens}"
             )
 
     def _by_text(self, task: PendingTrace) -> list[_Row]:
@@ -279,12 +296,21 @@ class _Reader:
         logprobs = choice.get(wanted) or reply.get(wanted)
         if not logprobs:
             raise ServerError(
-                f"{self.server.url} sends no {wanted}: it does not score prompts this way; dialects: "
-                f"{', '.join(DIALECTS)}"
+                f"{self.server.url} sends no {wanted}: it does not score prompts this way; {self.other_server}"
             )
         # `max_tokens` is 1, because some servers refuse 0.
         counted = (reply.get("usage") or {}).get("prompt_tokens", -1)
         return choice | {wanted: logprobs, "prompt_tokens": counted}
+
+
+class _ExampleReader(_Reader):
+    """Requests the log-probs of examples by their token ids, without the text of a trace."""
+
+    other_tokens = "use a teacher with the student's tokens"
+    other_server = "use one that scores prompts as vLLM does"
+
+    def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, width: int) -> None:
+        super().__init__(server, tokenizer, k, width, "vllm", align=False)
 
 
 def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:

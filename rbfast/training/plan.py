@@ -94,7 +94,7 @@ class Plan:
             "left out": f"{self.left_out:,} of the traces: too long or impossible to render; skipped.jsonl lists them",
             "activations": self._activations(),
             "loss": megabytes(self.loss),
-            "writing": f"at most {megabytes(self.cache)} of key-value cache, freed before the student is trained",
+            "writing": f"about {megabytes(self.cache)} of key-value cache, freed before the student is trained",
             "attention": self.attention,
             "memory": self._memory(),
         }

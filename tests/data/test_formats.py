@@ -1,6 +1,7 @@
 """The formats that people keep traces in: each is read; the error for a broken or ambiguous row says what to do."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,9 @@ def test_fields_inside_json_text_can_be_named() -> None:
         interpret(row)
     [trace] = interpret(row, FormatOptions(fields={"answer": "info.gold"})).rows
     assert trace["answer"] == "2"
+    dotted = {"prompt": "p", "response": "So.", "extra.info": {"answer": "1", "gold": "2"}}
+    [trace] = interpret(dotted, FormatOptions(fields={"answer": "extra.info.gold"})).rows
+    assert trace["answer"] == "2"
 
 
 def test_unreadable_generations_are_not_called_truncated() -> None:
@@ -295,7 +299,7 @@ def test_unreadable_generations_are_not_called_truncated() -> None:
     assert "truncated" not in str(unreadable.value)
 
 
-@pytest.mark.parametrize("field", ["image", "images", "image_1", "Video", "audio"])
+@pytest.mark.parametrize("field", ["image", "images", "image_1", "image2", "Video", "audio"])
 def test_a_row_that_shows_something_is_refused(field: str) -> None:
     question = {"question": "What is in it?"}
     row = question | {"response": "<think>a cat</think>cat"}
@@ -304,6 +308,9 @@ def test_a_row_that_shows_something_is_refused(field: str) -> None:
         for seeing, read in ((row, interpret), (native, interpret), (question, question_of), (native, question_of)):
             with pytest.raises(TraceError, match=f"^{field}: the row comes with an image, a video or a sound"):
                 read(seeing | {field: value})
-    for nothing in (None, "", [], {}):  # as mixed data sets have it in their rows of text
+        with pytest.raises(TraceError, match=f"^{field}: the row comes with"):
+            question_of({"data": question | {field: value}, "n": 1})
+    # Mixed data sets have such values in their rows of text.
+    for nothing in (None, "", [], {}, False, 0, math.nan, "None", [None], [""], {"bytes": None, "path": ""}):
         assert interpret(row | {field: nothing}).rows == interpret(row).rows
         assert question_of(question | {field: nothing}) == question_of(question)

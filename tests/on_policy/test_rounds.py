@@ -200,7 +200,7 @@ def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert plan.cache == 3 * longest * per_token
-    assert f"writing      at most {plan.cache / 1e6:.1f} MB of key-value cache" in str(plan)
+    assert f"writing      about {plan.cache / 1e6:.1f} MB of key-value cache" in str(plan)
     large = replace(plan, memory=2 * plan.fixed, cache=10**9)
     assert large.needed == plan.fixed + 10**9 and "use a smaller --sample-batch-size" in str(large)
     tight = replace(plan, memory=2 * plan.fixed, kept=10**9, is_checkpointed=True, kept_checkpointed=10**9)

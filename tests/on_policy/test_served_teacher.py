@@ -1,6 +1,7 @@
 """On-policy rounds with a teacher behind a server: what it scores equals what a teacher beside the student gives."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -97,11 +98,54 @@ def test_a_server_that_fails_keeps_what_was_written_and_scored(tmp_path, server)
     with pytest.raises(ServerError, match="returned 500"):
         run(tmp_path, teacher=one_by_one)
     assert len((tmp_path / "samples/round-001.jsonl").read_text().splitlines()) == 4
-    kept = len(SignalStore.open(tmp_path / "samples/signals"))
-    assert kept in (3, 4)  # the check before the round, two completions, and the last one if it was under way
+    kept = len(SignalStore.open(tmp_path / "samples/signals/round-001"))
+    assert kept in (2, 3)  # two completions after the check, and the last one if it was under way
     server.requests.clear()
     assert not run(tmp_path, teacher=one_by_one).found
-    assert len(server.requests) == 3 * (1 + 4) - kept
+    assert len(server.requests) == 3 * 4 - kept
+
+
+def test_a_server_that_scores_nothing_ends_the_run(tmp_path, server):
+    server.faults, server.says = [None] + [400] * 4, b'{"error": "too long"}'
+    with pytest.raises(ServerError, match=r"scored none of the completions of a round: .*too long"):
+        run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
+    server.faults = []
+    assert not run(tmp_path, teacher=ServedTeacher(server.client(), k=4)).found
+
+
+def test_a_failed_check_leaves_the_folder_to_other_settings(tmp_path, server):
+    server.faults, server.says = [400], b'{"error": "too many logprobs"}'
+    with pytest.raises(ServerError, match="too many logprobs"):
+        run(tmp_path, teacher=ServedTeacher(server.client(), k=30))
+    run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_token_without_candidates_is_not_trained_on(tmp_path, server, monkeypatch, is_listed):
+    compute, complete, trained = DistillTrainer.compute_loss, server.complete, []
+
+    def without_the_last(body):
+        reply = complete(body)
+        tops = reply["choices"][0]["prompt_logprobs"]
+        tops[-1] = {name: entry | {"logprob": -math.inf} for name, entry in tops[-1].items()} if is_listed else {}
+        return reply
+
+    def watch(self, model, inputs, *args, **kwargs):
+        trained.append((inputs["labels"] != IGNORE).sum().item())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
+    server.complete = without_the_last
+    ran = run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
+    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    assert sum(trained) == sum(len(record["ids"]) - 1 for record in records) and min(losses(ran)) > 0
+
+
+def test_equal_completions_are_requested_once(tmp_path, server):
+    greedy = Writing(max_new_tokens=4, temperature=0.0)
+    run(tmp_path, questions=[QUESTIONS[0]] * 6, writing=greedy, teacher=ServedTeacher(server.client(), k=4))
+    prompts = [tuple(request["prompt"]) for request in server.requests[1:]]
+    assert len(prompts) == 3  # one in each round
 
 
 def test_a_completion_that_the_server_refuses_is_not_trained_on(tmp_path, server, monkeypatch):
