@@ -1,4 +1,4 @@
-"""Traces as tokens: prompts, labels, roles, aligned teacher signals, and examples packed end to end."""
+"""Encoding traces as tokens: prompts, labels, roles and aligned teacher signals; packing examples end to end."""
 
 import json
 import math
@@ -30,19 +30,19 @@ def test_importing_loads_neither_datasets_nor_transformers() -> None:
 # Tokens
 
 
-def test_the_chat_template_survives_and_opens_the_reply(tokenizer) -> None:
+def test_prompt_follows_the_chat_template(tokenizer) -> None:
     prompt = format_prompt("What is 2 + 3?", tokenizer)
     assert prompt.startswith("<|im_start|>system\n")  # this student's template adds its own system prompt
     assert prompt.endswith(f"user\nWhat is 2 + 3?\n\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_without_a_chat_template_the_prompt_is_plain(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_is_plain_without_a_chat_template(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert format_prompt("p", tokenizer) == f"p\n\n{INSTRUCTION}\n\n"
     assert encode(trace(), tokenizer).labels[-2] == tokenizer.eos_token_id
 
 
-def test_without_a_chat_template_the_prompt_opens_with_the_bos_token_that_the_tokenizer_adds() -> None:
+def test_plain_prompt_starts_with_the_tokenizers_bos_token() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -59,7 +59,7 @@ def test_without_a_chat_template_the_prompt_opens_with_the_bos_token_that_the_to
     assert ids.count(0) == 1
 
 
-def test_a_tokenizer_without_offsets_or_end_of_turn_is_refused(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_without_offsets_or_end_of_turn_is_refused(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(type(tokenizer), "is_fast", False)
         with pytest.raises(ValueError, match="roles need a fast tokenizer"):
@@ -70,23 +70,23 @@ def test_a_tokenizer_without_offsets_or_end_of_turn_is_refused(tokenizer, monkey
         encode(trace(), endless)
 
 
-def test_the_end_of_turn_is_the_templates_own(tokenizer) -> None:
+def test_end_of_turn_token_comes_from_the_template(tokenizer) -> None:
     other = deepcopy(tokenizer)
     other.eos_token = other.pad_token = "<|endoftext|>"  # like a tokenizer whose eos token is not <|im_end|>
     assert encode(trace(), other).labels[-2] == tokenizer.eos_token_id != other.eos_token_id
 
 
 def test_encoding_matches_inference(tokenizer) -> None:
-    one = trace(plan="Add. 😀 café", reasoning="Wait, 2 + 3 \\(= 5\\).\r\n\tYes <|im_end|> it is.", id="one")
-    example = encode(one, tokenizer)
-    prompt = tokenizer(format_prompt(one.problem, tokenizer), add_special_tokens=False).input_ids
+    source = trace(plan="Add. 😀 café", reasoning="Wait, 2 + 3 \\(= 5\\).\r\n\tYes <|im_end|> it is.", id="one")
+    example = encode(source, tokenizer)
+    prompt = tokenizer(format_prompt(source.problem, tokenizer), add_special_tokens=False).input_ids
     assert example.id == "one"
     assert example.input_ids[: len(prompt)].tolist() == prompt
     assert (example.labels[: len(prompt) - 1] == IGNORE).all()
     assert example.labels[-1] == IGNORE
     trained = example.labels[len(prompt) - 1 : -1]
     assert trained.tolist() == example.input_ids[len(prompt) :].tolist()
-    assert tokenizer.decode(trained[:-1]) == one.completion()
+    assert tokenizer.decode(trained[:-1]) == source.completion()
     assert trained.tolist().count(tokenizer.eos_token_id) == 1  # the end of the turn; <|im_end|> in the text stays text
     assert ((example.roles == NO_ROLE) == (example.labels == IGNORE)).all()
     assert example.roles[-2] == ANSWER  # the end of the turn
@@ -96,19 +96,19 @@ def test_encoding_matches_inference(tokenizer) -> None:
 def test_every_token_has_the_role_of_its_characters(tokenizer) -> None:
     rows = data_path("r1_math500_traces/math500_deepseek_r1.jsonl").read_text(encoding="utf-8").splitlines()
     for row in map(json.loads, rows):
-        one = Trace(row["problem"], row["reasoning_trace"], row["ground_truth"], plan="Look 😀 first.")
-        text, example = one.completion(), encode(one, tokenizer, max_tokens=100_000)
+        source = Trace(row["problem"], row["reasoning_trace"], row["ground_truth"], plan="Look 😀 first.")
+        text, example = source.completion(), encode(source, tokenizer, max_tokens=100_000)
         roles = example.roles[example.labels != IGNORE]
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        role_at = {at: span.role for span in one.role_spans() for at in range(span.start, span.end)}
+        role_at = {at: span.role for span in source.role_spans() for at in range(span.start, span.end)}
         assert len(roles) == len(offsets) + 1
         assert roles[-1] == ANSWER
         for role, (start, end) in zip(roles, offsets, strict=False):
-            ink = [at for at in range(start, end) if not text[at].isspace()] or [start]
-            assert role == role_at[ink[0]]
+            visible = [at for at in range(start, end) if not text[at].isspace()] or [start]
+            assert role == role_at[visible[0]]
 
 
-def test_a_trace_that_is_too_long_is_not_truncated(tokenizer) -> None:
+def test_too_long_trace_is_left_out_not_truncated(tokenizer) -> None:
     huge = trace(id="huge", reasoning="word " * 200_000)
     fits = len(encode(trace(), tokenizer).input_ids)
     examples, left_out = encode_all([trace(), huge], tokenizer, max_tokens=fits)
@@ -120,7 +120,7 @@ def test_a_trace_that_is_too_long_is_not_truncated(tokenizer) -> None:
 
 
 def with_signals(tokenizer, k: int = 2, **changes) -> Trace:
-    """A trace whose teacher gave the true token and k - 1 others."""
+    """A trace with teacher signals: at each position the true token and k - 1 others."""
     labels = encode(trace(**changes), tokenizer).labels
     rows = [[int(label), *range(k - 1)] for label in labels[labels != IGNORE]]
     logprobs = [[-0.5] + [-3.0] * (k - 1) for _ in rows]
@@ -140,7 +140,7 @@ def test_signals_are_aligned_with_their_labels(tokenizer) -> None:
     assert len(rows) == count + len(wide.signals["ids"])
 
 
-def test_signals_of_tokens_that_are_not_trained_are_left_out() -> None:
+def test_signals_of_untrained_tokens_are_left_out() -> None:
     labels, top = np.array([-100, 2, 3, -100]), np.array([[1], [2]])
     example = Example(np.arange(4), labels, labels, top, np.full((2, 1), -0.5, dtype=np.float32), np.array([0, 1]))
     batch = collate([example])
@@ -158,7 +158,7 @@ def test_short_rows_of_a_signal_are_padded(tokenizer) -> None:
     assert example.teacher_logprobs[0].tolist() == [-0.5, -math.inf]
 
 
-def test_signals_that_do_not_fit_are_an_error(tokenizer) -> None:
+def test_mismatched_signals_are_refused(tokenizer) -> None:
     signals = with_signals(tokenizer).signals
     count = len(signals["ids"])
     short = {name: rows[1:] for name, rows in signals.items()}
@@ -186,7 +186,7 @@ def test_packing_lays_examples_end_to_end(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_examples_do_not_see_each_other(tokenizer, student, attention: str) -> None:
+def test_packed_examples_do_not_attend_to_each_other(tokenizer, student, attention: str) -> None:
     model = student()
     model.set_attn_implementation(attention)
     first, second = (encode(trace(answer=answer), tokenizer) for answer in ("5", "6"))

@@ -1,4 +1,4 @@
-"""Whole files of any shape: in curation, conversion and teaching, with rows that cannot be read and earlier turns."""
+"""Files of any format through curation, conversion and teaching; unreadable rows; earlier turns."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from rbfast.teacher.solutions import read_questions
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Rows of two shapes between two that cannot be read."""
+    """A file with rows of two formats and two unreadable rows."""
     path = tmp_path / "mixed.jsonl"
     rows = [json.dumps(row_of("gsm8k")), '{"torn"]', json.dumps(row_of("s1k")), json.dumps({"prompt": "?"})]
     path.write_text("\n".join([*rows, json.dumps(row_of("gsm8k"))]))
@@ -41,7 +41,7 @@ def test_bad_rows_can_be_skipped_and_are_listed(mixed: Path, caplog: pytest.LogC
         read_traces(mixed, on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_a_source_without_a_trace_is_refused_after_100_rows(tmp_path: Path) -> None:
+def test_source_without_traces_is_refused_after_100_rows(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     row = json.dumps(conversation(("user", "Hi"), ("assistant", "Hello.")))
     path.write_text(f"{row}\n" * 100 + "x" * 10**6)
@@ -55,15 +55,15 @@ def test_a_source_without_a_trace_is_refused_after_100_rows(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_curate_reads_any_shape(mixed: Path, tmp_path: Path) -> None:
+def test_curate_reads_every_format(mixed: Path, tmp_path: Path) -> None:
     pool = [mixed, *sorted(SHAPES.glob("*.jsonl"))]
     result = curate(pool, tmp_path / "out", CurateConfig(size=50))
     assert result.formats[mixed] == ["problems with solutions", "s1K trajectories"]
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     reasons = {entry["where"]: entry["reason"] for entry in dropped}
     assert reasons[f"{mixed}:2"].startswith(f"not a trace: {mixed}:2, column 8: expected JSON")
-    several = [where for where in reasons if where.startswith(f"{SHAPES / 'openr1_math.jsonl'}:1 (")]
-    assert several and all(reasons[where] == "the same problem" for where in several)
+    generations = [where for where in reasons if where.startswith(f"{SHAPES / 'openr1_math.jsonl'}:1 (")]
+    assert generations and all(reasons[where] == "the same problem" for where in generations)
     assert len(dropped) + result.selected == 5 + len(GOLDEN) + 2
     assert {trace.answer for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")} <= {"42", "The sum is 42."}
 
@@ -84,17 +84,17 @@ def test_convert_lists_unreadable_rows_and_continues(mixed: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("name", ["out.jsonl.gz", "out.parquet", "out.csv", "out.json", "out"])
-def test_convert_refuses_the_suffix_of_another_kind(mixed: Path, name: str, capsys) -> None:
+def test_convert_refuses_other_output_suffixes(mixed: Path, name: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["convert", str(mixed), "-o", str(mixed.with_name(name))])
     assert f"{name}: expected a name that ends in .jsonl" in capsys.readouterr().err
     assert not mixed.with_name(name).exists()
 
 
-def test_converted_and_curated_files_are_curated_like_their_source(tmp_path: Path) -> None:
+def test_verdicts_survive_conversion_and_curation(tmp_path: Path) -> None:
     steps = "".join(f"They add {n} more boxes to the pile.\n" for n in range(1, 5))
     rows = [
-        {"question": QUESTION, "answer": f"{steps}So they have 10 boxes in\n#### 10"},  # the mark shows that it ended
+        {"question": QUESTION, "answer": f"{steps}So they have 10 boxes in\n#### 10"},  # `####` marks it as complete
         {"prompt": "What is 2 + 2?", "completion": r"Two and two make 5. It is \boxed{5}", "answer": "4"},
         {"prompt": "What is 3 + 3?", "completion": r"Three and three make 6. It is \boxed{6}", "answer": "6"},
     ]
@@ -108,7 +108,8 @@ def test_converted_and_curated_files_are_curated_like_their_source(tmp_path: Pat
         assert [verdicts[name]["after"] for name in ("right", "wrong", "unverified")] == [1, 0, 1]
 
 
-def test_spans_may_be_an_object_of_lists_as_datasets_stores_them(tmp_path: Path) -> None:
+def test_spans_may_be_an_object_of_lists(tmp_path: Path) -> None:
+    """As `datasets` stores them."""
     spans = {"start": [0, 9], "end": [9, 23], "role": ["strategic", "tactical"]}
     listed = [[0, 9, "strategic"], [9, 23, "tactical"]]
     assert Trace.from_dict(PLAIN | {"spans": spans}) == Trace.from_dict(PLAIN | {"spans": listed})
@@ -118,13 +119,13 @@ def test_spans_may_be_an_object_of_lists_as_datasets_stores_them(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [*GOLDEN, "openr1_math"])
-def test_the_question_of_every_shape_is_found(name: str) -> None:
-    found = question_of(row_of(name))
-    assert found["problem"] == GOLDEN.get(name, ({}, ""))[0].get("problem", QUESTION)
-    assert found.get("answer", "42") == "42"
+def test_question_is_read_from_every_format(name: str) -> None:
+    question = question_of(row_of(name))
+    assert question["problem"] == GOLDEN.get(name, ({}, ""))[0].get("problem", QUESTION)
+    assert question.get("answer", "42") == "42"
 
 
-def test_teach_and_eval_take_problems_of_these_shapes(tmp_path: Path) -> None:
+def test_teach_and_eval_read_problems_in_these_formats(tmp_path: Path) -> None:
     for name in ("math", "limo", "openthoughts_3", "openai_batch"):
         [question] = read_questions(SHAPES / f"{name}.jsonl")
         assert (question.text, question.known.answer if question.known else "42") == (QUESTION, "42")
@@ -170,7 +171,7 @@ def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
     assert Trace.from_dict(as_lists) == trace
 
 
-def test_the_question_of_a_trace_is_its_problem() -> None:
+def test_problem_of_a_trace_takes_precedence_over_its_messages() -> None:
     row = {"problem": "1+1?", "reasoning": "Add.", "answer": "2"}
     assert question_of(row | conversation(("user", "Solve: 1+1?"), ("assistant", "2")))["problem"] == "1+1?"
 
@@ -179,13 +180,13 @@ def test_the_question_of_a_trace_is_its_problem() -> None:
     ("reference", "answer"),
     [("43", "43"), (43, "43"), ("Add.\n#### 43", "43"), ("It is long. So we leave it out here.", "44")],
 )
-def test_the_reference_of_a_trace_is_its_known_answer(reference, answer):
+def test_reference_of_a_trace_is_its_known_answer(reference, answer):
     row = {"problem": "12 + 31?", "reasoning": "Add.", "answer": "44", "reference": reference}
     assert question_of(row) == {"problem": "12 + 31?", "answer": answer}
     assert question_of(row | {"gold": "45"}, FormatOptions(fields={"answer": "gold"}))["answer"] == "45"
 
 
-def test_a_question_after_other_turns_is_not_asked_alone():
+def test_question_after_earlier_turns_is_refused():
     with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
         question_of(conversation(("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")))
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
@@ -194,7 +195,7 @@ def test_a_question_after_other_turns_is_not_asked_alone():
 
 
 @pytest.mark.parametrize(
-    ("turns", "fault"),
+    ("turns", "message"),
     [
         ("hello", "expected .*role.* got str 'hello'"),
         ([{"role": "assistant", "content": "a"}], "expected the role user in turn 1, got str 'assistant'"),
@@ -202,6 +203,6 @@ def test_a_question_after_other_turns_is_not_asked_alone():
         ([{"role": "user", "content": 3}], "content of turn 1: expected a string, got int 3"),
     ],
 )
-def test_the_error_describes_malformed_turns(turns, fault):
-    with pytest.raises(TraceError, match=f"^turns: {fault}"):
+def test_error_describes_malformed_turns(turns, message):
+    with pytest.raises(TraceError, match=f"^turns: {message}"):
         Trace.from_dict(PLAIN | {"turns": turns})

@@ -1,4 +1,4 @@
-"""The formats that people keep traces in: each is read; the error for a broken or ambiguous row says what to do."""
+"""Reading every trace format, and the errors for broken or ambiguous rows."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from rbfast.data.trace import Trace, TraceError
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_shape_is_read_as_it_is(name: str) -> None:
-    changes, said = GOLDEN[name]
+def test_every_format_is_recognised(name: str) -> None:
+    changes, format_name = GOLDEN[name]
     reader = TraceReader(SHAPES / f"{name}.jsonl")
     assert list(reader) == [Trace.from_dict(PLAIN | changes)]
-    assert reader.summary() == f"reads 1 row as {said}"
+    assert reader.summary() == f"reads 1 row as {format_name}"
 
 
 def test_every_correct_complete_generation_is_a_trace() -> None:
@@ -31,12 +31,12 @@ def test_every_correct_complete_generation_is_a_trace() -> None:
     assert reader.summary() == "reads 1 row as OpenR1 generations"
 
 
-def test_every_shape_here_is_tested() -> None:
+def test_every_format_file_is_tested() -> None:
     assert {path.stem for path in SHAPES.glob("*.jsonl")} == {*GOLDEN, "openr1_math"}
 
 
 @pytest.mark.parametrize("verdicts", [{"correctness_llama": [False] * 4, "correctness_math_verify": [False] * 4}, None])
-def test_without_a_correct_generation_the_first_is_taken(verdicts: Any) -> None:
+def test_first_generation_is_used_if_none_is_marked_correct(verdicts: Any) -> None:
     row = row_of("openr1_math")
     row |= verdicts or {"correctness_llama": None, "correctness_math_verify": None}
     [found] = interpret(row).rows
@@ -45,13 +45,13 @@ def test_without_a_correct_generation_the_first_is_taken(verdicts: Any) -> None:
     assert found.get("reference") == (None if verdicts else "42")
 
 
-def test_truncated_generations_alone_are_refused() -> None:
+def test_row_with_only_truncated_generations_is_refused() -> None:
     with pytest.raises(TraceError, match="generations: expected a complete reply, got 4 truncated"):
         interpret(row_of("openr1_math") | {"finish_reasons": ["length"] * 4})
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "reason"),
     [
         ({"finish_reason": "length"}, "its finish_reason is length"),
         ({"done_reason": "length"}, "its done_reason is length"),
@@ -62,16 +62,16 @@ def test_truncated_generations_alone_are_refused() -> None:
 @pytest.mark.parametrize(
     "row", [PLAIN, {"prompt": QUESTION, "completion": "Add. The answer is 42"}], ids=["native", "other"]
 )
-def test_a_reply_truncated_by_its_server_is_refused(
-    tmp_path: Path, row: dict[str, Any], end: dict[str, Any], said: str
+def test_reply_truncated_by_its_server_is_refused(
+    tmp_path: Path, row: dict[str, Any], end: dict[str, Any], reason: str
 ) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(map(json.dumps, [row | end, row])))
     reader = TraceReader(path, skip=True)
-    assert len(reader.all()) == 1 and f"truncated: {said}" in reader.unreadable[0][1]
+    assert len(reader.all()) == 1 and f"truncated: {reason}" in reader.unreadable[0][1]
 
 
-def test_the_teacher_can_be_chosen_and_must_be_without_grades() -> None:
+def test_teacher_field_selects_a_teacher_and_is_required_without_grades() -> None:
     row = row_of("s1k_1_1")
     for name in ("gemini", "gemini_thinking_trajectory"):
         [found] = interpret(row, FormatOptions(teacher_field=name)).rows
@@ -85,7 +85,7 @@ def test_the_teacher_can_be_chosen_and_must_be_without_grades() -> None:
     assert interpret(neither).rows[0]["verified"] is False
 
 
-# ----------------------------------------------------------------------------------------------------- broken, unclear
+# -------------------------------------------------------------------------------------------- broken or ambiguous rows
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_teacher_can_be_chosen_and_must_be_without_grades() -> None:
         ({"custom_id": "r", "body": conversation(("user", "p")), "error": {"code": "500"}}, "got the error dict"),
     ],
 )  # fmt: skip
-def test_the_error_for_a_row_that_is_not_a_trace_says_what_to_do(row: Any, message: str) -> None:
+def test_error_for_an_unusable_row_says_what_is_wrong(row: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         interpret(row)
 
@@ -137,19 +137,19 @@ def test_the_error_for_a_row_that_is_not_a_trace_says_what_to_do(row: Any, messa
         {"question": QUESTION, "context": "", "samples": [{"text": f"<think>{THOUGHT}</think>42"}]},
     ],
 )  # fmt: skip
-def test_unnamed_shapes_are_read_by_the_meanings_of_their_fields(row: Any) -> None:
+def test_unknown_formats_are_read_by_field_meaning(row: Any) -> None:
     [found] = interpret(row).rows
     assert {name: found[name] for name in PLAIN} == PLAIN
 
 
-def test_code_after_thinking_is_the_answer_despite_the_text_beside_it() -> None:
+def test_code_after_thinking_is_the_answer_despite_text_beside_it() -> None:
     code = "```python\nprint(1)\n```\nThe loop ends, and the answer is printed."
-    for said, answer in ((code, code), (f"{code} So \\boxed{{1}}.", "1")):
-        [found] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{said}"))).rows
+    for reply, answer in ((code, code), (f"{code} So \\boxed{{1}}.", "1")):
+        [found] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{reply}"))).rows
         assert (found["reasoning"], found["answer"]) == ("Hm.", answer)
 
 
-def test_flags_and_empty_thoughts_are_not_thinking() -> None:
+def test_reasoning_flags_and_empty_thoughts_are_not_thinking() -> None:
     row = row_of("llama_nemotron") | {
         "reasoning": "off",
         "output": f"<think>\n\n</think>\n\n{THOUGHT} So \\boxed{{42}}.",
@@ -165,7 +165,7 @@ def test_metadata_of_other_types_is_converted_or_ignored(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["problem", "question"])
-def test_a_number_of_any_size_is_an_answer(name: str) -> None:
+def test_numeric_answer_may_be_of_any_size(name: str) -> None:
     [found] = interpret({name: "2^1100?", "reasoning": "Double.", "answer": 2**1100, "difficulty": 2**1100}).rows
     assert Trace.from_dict(found) == Trace("2^1100?", "Double.", str(2**1100))
 
@@ -202,7 +202,7 @@ def test_a_plan_can_be_mapped(row: dict[str, Any]) -> None:
     assert found["plan"] == "Add."
 
 
-def test_the_known_answer_and_the_finish_reason_are_kept() -> None:
+def test_known_answer_and_finish_reason_are_kept() -> None:
     row = {"prompt": "p", "response": "I add. It is \\boxed{5}.", "answer": 6, "finish_reason": "length"}
     [found] = interpret(row).rows
     assert (found["answer"], found["reference"], found["finish_reason"]) == ("5", "6", "length")
@@ -227,7 +227,7 @@ def test_the_known_answer_and_the_finish_reason_are_kept() -> None:
         ("", None, ""),
     ],
 )
-def test_stated_answers(text: str, answer: str | None, rest: str) -> None:
+def test_stated_answer_and_the_text_without_it(text: str, answer: str | None, rest: str) -> None:
     assert stated_answer(text) == answer
     assert without_answer(text) == rest
 
@@ -281,7 +281,7 @@ def test_a_tool_call_is_recognised_without_special_tokens(call: str) -> None:
         split_thinking(f"analysisa.assistant{call}assistantfinalb")
 
 
-def test_fields_inside_json_text_can_be_named() -> None:
+def test_map_reaches_fields_inside_json_text() -> None:
     row = {"prompt": "p", "response": "So.", "info": '{"answer": "1", "gold": "2"}'}
     with pytest.raises(TraceError, match=r"info\.answer and info\.gold; choose one with --map answer=info\.answer"):
         interpret(row)
@@ -300,17 +300,17 @@ def test_unreadable_generations_are_not_called_truncated() -> None:
 
 
 @pytest.mark.parametrize("field", ["image", "images", "image_1", "image2", "Video", "audio"])
-def test_a_row_that_shows_something_is_refused(field: str) -> None:
+def test_row_with_an_image_video_or_sound_is_refused(field: str) -> None:
     question = {"question": "What is in it?"}
     row = question | {"response": "<think>a cat</think>cat"}
     native = {"problem": "What is in it?", "reasoning": "a cat", "answer": "cat"}
     for value in ({"bytes": "..", "path": None}, ["x.png"], "x.png"):
-        for seeing, read in ((row, interpret), (native, interpret), (question, question_of), (native, question_of)):
+        for fields, read in ((row, interpret), (native, interpret), (question, question_of), (native, question_of)):
             with pytest.raises(TraceError, match=f"^{field}: the row comes with an image, a video or a sound"):
-                read(seeing | {field: value})
+                read(fields | {field: value})
         with pytest.raises(TraceError, match=f"^{field}: the row comes with"):
             question_of({"data": question | {field: value}, "n": 1})
     # Mixed data sets have such values in their rows of text.
-    for nothing in (None, "", [], {}, False, 0, math.nan, "None", [None], [""], {"bytes": None, "path": ""}):
-        assert interpret(row | {field: nothing}).rows == interpret(row).rows
-        assert question_of(question | {field: nothing}) == question_of(question)
+    for empty in (None, "", [], {}, False, 0, math.nan, "None", [None], [""], {"bytes": None, "path": ""}):
+        assert interpret(row | {field: empty}).rows == interpret(row).rows
+        assert question_of(question | {field: empty}) == question_of(question)

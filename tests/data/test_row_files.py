@@ -54,8 +54,8 @@ def test_every_kind_of_file_is_read_past_a_bad_row(name: str, second: str, tmp_p
     _write(path)
     assert main(["convert", str(path), "-o", str(out)]) == 0
     assert [trace.to_dict() for trace in read_traces(out)] == [PLAIN] * 2
-    [unread] = [json.loads(line) for line in (tmp_path / "out.unreadable.jsonl").read_text().splitlines()]
-    assert second in unread["where"] and "never closed" in unread["reason"]
+    [unreadable] = [json.loads(line) for line in (tmp_path / "out.unreadable.jsonl").read_text().splitlines()]
+    assert second in unreadable["where"] and "never closed" in unreadable["reason"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -76,7 +76,7 @@ def test_decimals_and_float32_are_read_as_written(kind: str, tmp_path: Path) -> 
     assert [answer_text(row["d"]) for row in rows[:2]] == ["0.5", "5"] and answer_text(rows[0]["f"]) == "0.1"
 
 
-def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
+def test_folders_are_read_by_split(tmp_path: Path) -> None:
     train, test = datasets.Dataset.from_list([ROW] * 3), datasets.Dataset.from_list([ROW])
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
     assert len(read_traces(tmp_path / "saved")) == 3
@@ -90,7 +90,7 @@ def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
     assert len(read_traces(tmp_path / "clone")) == 4
 
 
-def test_folders_of_teach_and_curate_are_read_as_their_traces(tmp_path: Path) -> None:
+def test_teach_and_curate_output_folders_are_read_as_traces(tmp_path: Path) -> None:
     with answering(chat_reply("<plan>Add.</plan>1 + 1 = 2\n<answer>2</answer>")) as api:
         teach(api.client(), [Question("What is 1 + 1?", None)], tmp_path / "taught")
     (tmp_path / "taught" / "sums.csv").write_text("a,b\n1,2\n")
@@ -113,7 +113,7 @@ def test_hidden_files_of_a_folder_are_skipped(tmp_path: Path) -> None:
     assert len(read_traces(tmp_path)) == 1
 
 
-def test_tables_of_text_are_read(tmp_path: Path) -> None:
+def test_csv_and_tsv_files_are_read(tmp_path: Path) -> None:
     rows = [["problem", "solution", "answer", "", ""], ["Who, 1?", 'First:\n"so".', "036"], ["Who?", "", "4", "", ""]]
     for name, dialect in (("t.csv", "excel"), ("t.tsv", "excel-tab")):
         with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
@@ -124,13 +124,13 @@ def test_tables_of_text_are_read(tmp_path: Path) -> None:
         assert [question.text for question in read_questions(str(tmp_path / name))] == ["Who, 1?", "Who?"]
 
 
-def test_the_error_for_a_broken_table_names_the_line(tmp_path: Path) -> None:
+def test_error_for_a_broken_table_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('problem,solution,answer\n"1?",so,1\n"2"?,so,2\n')
     with pytest.raises(TraceError, match=r"t\.csv:3: expected a valid table"):
         read_traces(tmp_path / "t.csv")
 
 
-def test_problems_come_from_the_same_files(tmp_path: Path) -> None:
+def test_problems_are_read_from_the_same_kinds_of_file(tmp_path: Path) -> None:
     rows = [{"question": "2+2?", "choices": ["3", "4"], "answer": 1}, {"question": "Is it?", "answer": True}]
     (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     asked = "2+2?\n\nA. 3\nB. 4"
@@ -166,7 +166,7 @@ def test_a_saved_dataset_may_list_only_files_beside_it(tmp_path, files, message)
         read_traces(tmp_path / "saved")
 
 
-def test_the_files_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
     for name in ("train-1.jsonl", "train-0.jsonl", "train-2.jsonl"):
         (tmp_path / name).write_text(json.dumps(PLAIN | {"id": name}))
     assert [trace.id for trace in read_traces(tmp_path)] == ["train-0.jsonl", "train-1.jsonl", "train-2.jsonl"]

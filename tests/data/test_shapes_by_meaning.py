@@ -1,4 +1,4 @@
-"""Unnamed formats, read by the meanings of their fields: API rows, options, verdicts, rendered text."""
+"""Unknown formats, read by the meanings of their fields: API rows, options, verdicts, rendered text."""
 
 import json
 from typing import Any
@@ -58,7 +58,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"system": [{"text": SYSTEM}], "messages": [*ASKED, {"role": "assistant", "content": BEDROCK}]},
         {"system": SYSTEM},
     ),
-    "channels": (
+    "messages with channels": (
         {
             "messages": [
                 *ASKED,
@@ -68,11 +68,11 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
         {},
     ),
-    "authors": ({"messages": [{"author": {"role": "user"}, "content": {"parts": [QUESTION]}}, *REPLIED]}, {}),
+    "author fields": ({"messages": [{"author": {"role": "user"}, "content": {"parts": [QUESTION]}}, *REPLIED]}, {}),
     "a list of messages": ([*ASKED, *REPLIED], {}),
-    "pairs": ({"conversation": [["Hi", "Hello"], [QUESTION, TAGGED]]}, EARLIER),
+    "pairs of messages": ({"conversation": [["Hi", "Hello"], [QUESTION, TAGGED]]}, EARLIER),
     "history": ({"instruction": QUESTION, "input": "", "output": TAGGED, "history": [["Hi", "Hello"]]}, EARLIER),
-    "preferred": ({"chosen": [*ASKED, *REPLIED], "rejected": [*ASKED, {"role": "assistant", "content": WRONG}]}, {}),
+    "preference": ({"chosen": [*ASKED, *REPLIED], "rejected": [*ASKED, {"role": "assistant", "content": WRONG}]}, {}),
     "preferred output": (
         {
             "input": {"messages": ASKED},
@@ -81,31 +81,31 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
         {},
     ),
-    "one object in another": (
+    "nested objects": (
         {"doc_id": 1, "doc": {"question": QUESTION, "answer": "#### 42"}, "resps": [[TAGGED]]},
         {},
     ),
-    "messages of no known name": ({"problem": QUESTION, "solution": "Add.", "rewritten": [*ASKED, *REPLIED]}, {}),
-    "a reply of no known name": ({"question": QUESTION, "combined": TAGGED, "note": "x"}, {}),
+    "messages under an unknown name": ({"problem": QUESTION, "solution": "Add.", "rewritten": [*ASKED, *REPLIED]}, {}),
+    "a reply under an unknown name": ({"question": QUESTION, "combined": TAGGED, "note": "x"}, {}),
     "a reply as JSON": ({"prompt": QUESTION, "response": json.dumps({"thought": THOUGHT, "final_answer": "42"})}, {}),
     "a reply as an object": ({"prompt": QUESTION, "response": {"content": SAID, "reasoning_content": THOUGHT}}, {}),
     "analysis and final": (
         {"developer": SYSTEM, "user": QUESTION, "analysis": THOUGHT, "final": SAID},
         {"system": SYSTEM},
     ),
-    "camels": ({"userPrompt": QUESTION, "ReasoningTrace": THOUGHT, "modelAnswer": SAID}, {}),
-    "nobody's name": (
+    "camel case": ({"userPrompt": QUESTION, "ReasoningTrace": THOUGHT, "modelAnswer": SAID}, {}),
+    "names with a prefix": (
         {"question": QUESTION, "model_reasoning": THOUGHT, "model_answer": SAID, "model_name": "M"},
         {"teacher": "M"},
     ),
-    "letters": ({"q": QUESTION, "cot": THOUGHT, "a": 42}, {}),
+    "single letters": ({"q": QUESTION, "cot": THOUGHT, "a": 42}, {}),
     "chinese": ({"问题": QUESTION, "思考": THOUGHT, "答案": "42"}, {}),
     "a prompt that repeats the problem": (
         {"problem": QUESTION, "prompt": f"{QUESTION} Box it.", "response": TAGGED},
         {},
     ),
-    "native names, tags in them": ({"problem": QUESTION, "reasoning": f"<think>{THOUGHT}</think>", "answer": SAID}, {}),
-    "native names, a switch": ({"problem": QUESTION, "reasoning": "on", "answer": TAGGED}, {}),
+    "native names, tagged": ({"problem": QUESTION, "reasoning": f"<think>{THOUGHT}</think>", "answer": SAID}, {}),
+    "native names, a thinking switch": ({"problem": QUESTION, "reasoning": "on", "answer": TAGGED}, {}),
     "steps": ({"problem": QUESTION, "steps": [{"text": THOUGHT}], "answer": "42"}, {}),
     "chatml": (
         {"text": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{CHATML}{TAGGED}<|im_end|>\n"},
@@ -147,7 +147,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_an_unnamed_shape_is_read(name: str) -> None:
+def test_unknown_format_is_read(name: str) -> None:
     row, changes = SHAPES[name]
     assert [Trace.from_dict(found) for found in interpret(row).rows] == [Trace.from_dict(PLAIN | changes)]
 
@@ -164,7 +164,7 @@ def test_an_unnamed_shape_is_read(name: str) -> None:
         f"{THOUGHT}<|END_THINKING|>42",
     ],
 )
-def test_the_thinking_marks_of_many_models_are_recognised(reply: str) -> None:
+def test_thinking_marks_of_many_models_are_recognised(reply: str) -> None:
     assert interpret({"prompt": QUESTION, "response": reply}).rows == [PLAIN]
 
 
@@ -179,7 +179,7 @@ def test_the_thinking_marks_of_many_models_are_recognised(reply: str) -> None:
         ({"verifier_score": 0.4}, None),
     ],
 )
-def test_a_verdict_on_the_only_reply_counts(fields: dict[str, Any], verdict: bool | None) -> None:
+def test_verdict_field_applies_to_the_only_reply(fields: dict[str, Any], verdict: bool | None) -> None:
     assert interpret({"prompt": QUESTION, "completion": TAGGED, **fields}).rows[0].get("verified") is verdict
 
 
@@ -195,7 +195,7 @@ def test_any_kind_of_verdict_selects_the_correct_generation(row: Any) -> None:
     assert interpret({"problem": QUESTION, **row}).rows == [PLAIN | {"verified": True}]
 
 
-def test_a_separate_thought_belongs_to_the_next_reply_alone() -> None:
+def test_separate_thought_belongs_to_the_next_reply_only() -> None:
     said = [("user", "1+1?"), ("thought", "Add."), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes.")]
     turns = parse_turns([{"role": role, "content": text} for role, text in said])
     assert turns is not None and [turn.thought for turn in turns] == [None, "Add.", None, None]
@@ -204,14 +204,14 @@ def test_a_separate_thought_belongs_to_the_next_reply_alone() -> None:
     assert [turn.thought for turn in parse_turns(twice) or ()] == ["Add.\n\nCheck."]
 
 
-def test_a_reply_beside_a_solution_is_the_reply() -> None:
+def test_reply_takes_precedence_over_a_solution() -> None:
     """As in R1-Distill-SFT."""
     row = {"problem": QUESTION, "reannotated_assistant_content": TAGGED, "solution": "By hand it is \\boxed{42}."}
     [trace] = interpret(row).rows
     assert (trace["reasoning"], trace["answer"]) == (THOUGHT, "42")
 
 
-def test_the_error_for_unreadable_generations_gives_the_reason() -> None:
+def test_error_for_unreadable_generations_gives_the_reason() -> None:
     with pytest.raises(TraceError, match="<think> is never closed: the reply was truncated"):
         interpret({"problem": QUESTION, "generations": ["<think>Hm"]})
 
@@ -230,7 +230,7 @@ def test_the_error_for_unreadable_generations_gives_the_reason() -> None:
         ({"options": [{"label": "A", "text": "41"}, {"label": "B", "text": "42"}], "answer": "(B)"}, "B"),
     ],
 )
-def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
+def test_options_become_part_of_the_problem(row: Any, answer: str) -> None:
     asked = f"{QUESTION}\n\nA. 41\nB. 42"
     assert question_of({"question": QUESTION, **row}) == {"problem": asked, "answer": answer}
     [found] = interpret({"question": QUESTION, "rationale": THOUGHT, **row}).rows
@@ -248,11 +248,11 @@ def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
         ({"choices": {"text": ["41", "42"], "label": ["1", "2"]}, "answer": 1}, "1"),
     ],
 )
-def test_a_number_is_an_index_before_it_is_the_text_of_an_option(row: Any, answer: str) -> None:
+def test_number_is_tried_as_an_index_before_an_option_text(row: Any, answer: str) -> None:
     assert question_of({"question": QUESTION, **row})["answer"] == answer
 
 
-def test_options_in_separate_fields_and_in_the_problem() -> None:
+def test_options_in_separate_fields_or_already_in_the_problem() -> None:
     row = {"question": QUESTION, "opa": "40", "opb": "41", "opc": "42", "cop": 2, "exp": ""}
     assert question_of(row) == {"problem": f"{QUESTION}\n\nA. 40\nB. 41\nC. 42", "answer": "C"}
     one = question_of({"question": "Is 41 prime?", "choices": ["41", "42"], "answer": "A"})
@@ -277,7 +277,7 @@ def test_options_in_separate_fields_and_in_the_problem() -> None:
         {"extra_info": {"answer": "Add.\n#### 42", "index": 0}},
     ],
 )
-def test_the_known_answer_is_found_in_reward_fields(row: Any) -> None:
+def test_known_answer_is_found_in_reward_fields(row: Any) -> None:
     assert question_of({"prompt": ASKED, **row}) == {"problem": QUESTION, "answer": "42"}
     assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
 
@@ -288,7 +288,7 @@ def test_a_known_answer_beside_the_question_becomes_the_reference() -> None:
     assert interpret({"messages": messages}).rows == [PLAIN | {"reference": "43"}]
 
 
-def test_a_heading_is_no_answer_and_a_reply_without_one_is_whole() -> None:
+def test_heading_is_not_an_answer_and_unmarked_reply_is_kept_whole() -> None:
     reply = "#### 1. Add\nTens first.\n\n#### 2. Check\nIt holds."
     assert stated_answer(reply) is None
     assert stated_answer("Add.\n#### 42\nThe answer is: 42") == "42"
@@ -298,7 +298,7 @@ def test_a_heading_is_no_answer_and_a_reply_without_one_is_whole() -> None:
     assert found == [PLAIN | {"answer": reply}]
 
 
-def test_errors_say_what_is_missing() -> None:
+def test_errors_for_unmarked_answers_bad_history_and_failed_requests() -> None:
     worked = {"question": QUESTION, "answer": "Add them.\nIt makes forty-two."}
     with pytest.raises(
         TraceError, match=r"answer: expected working that marks its answer .*, got answer without a mark"

@@ -1,7 +1,7 @@
-"""The splitter against 200 sentences of real thinking, labelled by hand before the splitter was run on them.
+"""The span splitter against 200 sentences of real thinking, labelled by hand before it was run on them.
 
-`span_labels.csv` names each sentence by file, item and characters. They were drawn at random, 50 from each of four
-models, and labelled by one reader by the meaning of the roles (docs/spans.md).
+`span_labels.csv` names each sentence by file, item and characters. The sentences were drawn at random, 50 from each of
+four models, and labelled by one reader by the meaning of the roles (docs/spans.md).
 """
 
 import csv
@@ -17,7 +17,7 @@ LABELS = Path(__file__).with_name("span_labels.csv")
 
 
 def confusion() -> Counter[tuple[str, str]]:
-    """How many sentences have (this label, this role for most of their characters)."""
+    """The number of sentences by (label, role of most of their characters)."""
     texts = {name: thoughts(name) for name in MODELS}
     roles = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -37,8 +37,8 @@ def test_precision_and_recall_on_hand_labelled_sentences() -> None:
     assert counts.total() == 200
     for role, precision, recall in (("strategic", 0.83, 0.65), ("tactical", 0.83, 0.92), ("answer", 1.0, 1.0)):
         hits = counts[role, role]
-        said = sum(count for (_, split), count in counts.items() if split == role)
-        labelled = sum(count for (label, _), count in counts.items() if label == role)
-        print(f"{role}: precision {hits}/{said} = {hits / said:.3f}, recall {hits}/{labelled} = {hits / labelled:.3f}")
-        assert hits >= precision * said
-        assert hits >= recall * labelled
+        marked = sum(count for (_, split), count in counts.items() if split == role)
+        actual = sum(count for (label, _), count in counts.items() if label == role)
+        print(f"{role}: precision {hits}/{marked} = {hits / marked:.3f}, recall {hits}/{actual} = {hits / actual:.3f}")
+        assert hits >= precision * marked
+        assert hits >= recall * actual

@@ -1,3 +1,5 @@
+"""Splitting reasoning into strategic, tactical and answer spans."""
+
 import json
 import re
 import time
@@ -50,7 +52,7 @@ def role_characters(text: str) -> np.ndarray:
 def test_spans_tile_any_text_and_neighbours_differ(text: str) -> None:
     role_characters(text)
     spans = split_spans(text)
-    assert all(one.role != other.role for one, other in pairwise(spans))
+    assert all(left.role != right.role for left, right in pairwise(spans))
     assert spans == split_spans(text)
 
 
@@ -81,11 +83,11 @@ def test_a_marked_plan_is_strategic_whatever_it_contains() -> None:
         "3 * 4 = 12 #plan 12 + 5 = 17",
     ],
 )
-def test_text_that_only_looks_like_a_marked_plan(text: str) -> None:
+def test_lookalikes_of_a_marked_plan_are_tactical(text: str) -> None:
     assert roles_of(text) == ["tactical"]
 
 
-def test_a_last_section_that_says_plan_may_hold_the_solution() -> None:
+def test_only_the_heading_of_a_final_plan_section_is_strategic() -> None:
     text = "## Plan and solution\n3 * 4 = 12\n"
     [heading] = [text[span.start : span.end] for span in split_spans(text) if span.role == STRATEGIC]
     assert heading == "## Plan and solution\n"
@@ -161,14 +163,14 @@ def test_steps_are_tactical(text: str) -> None:
         "<answer>9</answer>",
     ],
 )
-def test_final_answers(text: str) -> None:
+def test_final_answers_are_recognised(text: str) -> None:
     assert roles_of(text) == ["answer"]
 
 
 @pytest.mark.parametrize(
     "text", ["#### 1. Setting up", "Is the answer 5?", "So the answer is 5?", "But the answer is asked in metres."]
 )
-def test_text_that_only_looks_like_an_answer(text: str) -> None:
+def test_lookalikes_of_an_answer_are_not_answers(text: str) -> None:
     assert "answer" not in roles_of(text)
 
 
@@ -198,12 +200,12 @@ def test_an_unclosed_fence_protects_the_rest() -> None:
     ]
 
 
-def test_words_of_intention_count_only_at_the_start_of_a_unit() -> None:
+def test_cues_of_intention_count_only_at_the_start_of_a_unit() -> None:
     assert roles_of("Perhaps the farmer sells the rest of his hens.") == ["strategic"]
     assert roles_of("The farmer sells the rest of his hens, perhaps.") == ["tactical"]
 
 
-def test_money_protects_nothing() -> None:
+def test_dollar_amounts_do_not_open_a_protected_region() -> None:
     text = "A shirt costs $5. Wait, is it $6? It costs $7 = 5 + 2."
     assert roles_of(text) == ["tactical", "strategic", "tactical"]
 

@@ -1,4 +1,4 @@
-"""A trained completion is what the student's chat template renders: tested with two dozen public templates."""
+"""A trained completion equals what the student's chat template renders, for two dozen public templates."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -41,30 +41,30 @@ def trained(tokenizer, trace: Trace = TRACE, **options) -> tuple[str, list[int]]
     return decoded(tokenizer, example.input_ids[:start]), example.input_ids[start:].tolist()
 
 
-def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
+def rendered(tokenizer, case: Case, thought: str, reply: str) -> str:
     """The template's own rendering of the conversation."""
-    message = {"role": "assistant", "content": said}
+    message = {"role": "assistant", "content": reply}
     if case.thought == "blocks":
-        message["content"] = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said}]
+        message["content"] = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": reply}]
     elif case.thought == "thoughts":
-        blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": said}]
+        blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": reply}]
         message["content"] = {"blocks": blocks}
     elif case.thought == "whole":
-        message["content"] = f"<think>{thought}</think>{said}"
+        message["content"] = f"<think>{thought}</think>{reply}"
     elif case.thought == "tags":
-        message["content"] = f"<think>\n{thought}\n</think>\n{said}"
+        message["content"] = f"<think>\n{thought}\n</think>\n{reply}"
     elif case.thought == "rest":
-        message["content"] = f"{thought}\n</think>\n\n{said}"
+        message["content"] = f"{thought}\n</think>\n\n{reply}"
     elif case.thought:
         message[case.thought] = thought
     turns = [{"role": "user", "content": default_instruction(tokenizer).request(TRACE.problem)}, message]
-    found = thinking_format(tokenizer)
-    if found.takes_parts:
+    template = thinking_format(tokenizer)
+    if template.takes_parts:
         turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    return tokenizer.apply_chat_template(turns, tokenize=False, **found.switches)
+    return tokenizer.apply_chat_template(turns, tokenize=False, **template.switches)
 
 
-def test_a_changed_template_is_detected_again():
+def test_changed_template_is_detected_again():
     tokenizer = deepcopy(tokenizer_of("qwen3"))
     assert thinking_format(tokenizer).thinks
     tokenizer.chat_template = tokenizer_of("qwen2.5").chat_template
@@ -72,16 +72,16 @@ def test_a_changed_template_is_detected_again():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kind_is_found(name):
+def test_kind_of_template_is_detected(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
-    found = thinking_format(tokenizer)
-    assert found.kind == case.kind
+    template = thinking_format(tokenizer)
+    assert template.kind == case.kind
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == case.end
-    assert found.is_composed == (case.kind != "none" and case.thought is None)
-    assert thinking_format(tokenizer) is found
+    assert template.is_composed == (case.kind != "none" and case.thought is None)
+    assert thinking_format(tokenizer) is template
 
 
-def test_thinking_is_switched_on():
+def test_thinking_switch_of_a_template_is_turned_on():
     switches = {name: thinking_format(tokenizer_of(name)).switches for name in ("apertus", "granite", "own-switch")}
     assert switches == {
         "apertus": {"enable_thinking": True},
@@ -91,7 +91,7 @@ def test_thinking_is_switched_on():
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COMPOSED])
-def test_a_trained_turn_is_what_the_template_renders(name):
+def test_trained_turn_equals_the_templates_rendering(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
     prompt, ids = trained(tokenizer)
     thinks = case.kind != "none"
@@ -100,27 +100,27 @@ def test_a_trained_turn_is_what_the_template_renders(name):
     written = decoded(tokenizer, ids)
     whole = prompt + (written.removesuffix(case.end) if name == "glm-4.5" else written)  # the next header ends it
     assert expected.startswith(whole)
-    assert expected[len(whole) :].strip() in ("", END), "what a template puts after the end of its last turn"
-    # and token for token, tags included
+    assert expected[len(whole) :].strip() in ("", END), "only the template's text after its last turn may follow"
+    # the same tokens too, tags included
     tail = tokenizer(expected, add_special_tokens=False).input_ids
     assert tail[len(encode(TRACE, tokenizer).input_ids) - len(ids) :][: len(ids) - 1] == ids[:-1]
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_a_thought_that_the_template_drops_is_written_in_its_tags(name):
+def test_thought_dropped_by_the_template_is_written_in_its_tags(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
     _, ids = trained(tokenizer)
     assert decoded(tokenizer, ids) == COMPOSED[name] + case.end
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_prompt_is_the_generation_prompt(name):
+def test_prompt_is_the_templates_generation_prompt(name):
     tokenizer = tokenizer_of(name)
-    found = thinking_format(tokenizer)
+    template = thinking_format(tokenizer)
     request = default_instruction(tokenizer).request(TRACE.problem)
-    content = [{"type": "text", "text": request}] if found.takes_parts else request
+    content = [{"type": "text", "text": request}] if template.takes_parts else request
     turns = [{"role": "user", "content": content}]
-    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **found.switches)
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template.switches)
     prompt, ids = trained(tokenizer)
     assert format_prompt(TRACE.problem, tokenizer) == prompt == expected and request in prompt
     assert encode(TRACE, tokenizer).input_ids.tolist().count(tokenizer.bos_token_id) == CASES[name].has_bos
@@ -128,7 +128,7 @@ def test_the_prompt_is_the_generation_prompt(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_templates_tags_become_special_tokens_and_those_of_a_trace_stay_text(name):
+def test_only_the_templates_own_tags_become_special_tokens(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
     _, ids = trained(tokenizer)
     for tag in [*case.tags.split(), *case.tokens.split()]:
@@ -184,10 +184,10 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("habit", UNKNOWN)
-def test_the_error_for_an_unknown_kind_shows_what_was_rendered(habit):
-    opening = "<bot><t>" if "continue" in habit else "<bot>"
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<bot>" + UNKNOWN[habit]
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_error_for_an_unknown_template_shows_its_rendering(case):
+    opening = "<bot><t>" if "continue" in case else "<bot>"
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<bot>" + UNKNOWN[case]
     tokenizer = with_template(
         template + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + opening + "{% endif %}"
     )
@@ -195,7 +195,7 @@ def test_the_error_for_an_unknown_kind_shows_what_was_rendered(habit):
         thinking_format(tokenizer)
 
 
-def test_a_template_that_leaves_the_problem_out_is_refused():
+def test_template_that_leaves_out_the_problem_is_refused():
     with pytest.raises(ValueError, match=r"leaves the problem out: .*rendered as '<bot>'"):
         thinking_format(with_template("<bot>"))
 
@@ -232,7 +232,7 @@ def test_a_problem_that_the_template_changes_is_refused():
 def test_the_instruction_follows_the_problem_and_marks_the_answer():
     plain, thinking = tokenizer_of("qwen2.5"), tokenizer_of("qwen3")
     assert default_instruction(plain) == ANSWER and default_instruction(thinking) == BOXED
-    for tokenizer, instruction, said in (
+    for tokenizer, instruction, ending in (
         (plain, None, "Yes.\n\n<answer>5</answer>"),
         (plain, BOXED, "Yes.\n\n\\boxed{5}"),
         (plain, NONE, "Yes.\n\nThe answer is 5"),
@@ -240,12 +240,12 @@ def test_the_instruction_follows_the_problem_and_marks_the_answer():
         (thinking, NONE, "Yes.\n</think>\n\n5"),
     ):
         prompt, ids = trained(tokenizer, instruction=instruction)
-        assert decoded(tokenizer, ids).endswith(said + "<|im_end|>")
+        assert decoded(tokenizer, ids).endswith(ending + "<|im_end|>")
         asked = (instruction or ANSWER).text
         assert f"What is 2 + 3?{asked and chr(10) * 2 + asked}<|im_end|>" in prompt
 
 
-def test_an_answer_that_does_not_fit_a_box_is_written_without_one():
+def test_answer_that_does_not_fit_a_box_is_written_without_one():
     assert BOXED.write(r"\frac{1}{2}") == r"\boxed{\frac{1}{2}}"
     for whole in ("two\nlines", "a } b", "{", "\\"):
         assert BOXED.write(whole, after_thinking=True) == whole
@@ -268,7 +268,7 @@ def test_a_system_prompt_is_rendered(name):
     assert prompt.endswith(thinking_format(tokenizer).opening)
 
 
-def test_without_a_template_a_system_prompt_opens_the_text():
+def test_system_prompt_comes_first_without_a_template():
     assert format_prompt("p", tiny_tokenizer(), NONE, system="s") == "s\n\np\n\n"
 
 
@@ -294,7 +294,7 @@ def test_earlier_turns_are_rendered_and_only_the_last_reply_is_trained(name):
     tokenizer = tokenizer_of(name)
     prompt, ids = trained(tokenizer, LATER)
     places = [prompt.index(text) for text in ("1 + 1?", "It is 2.", "one more?", "Then it is 3.", "2 + 3?")]
-    assert places == sorted(places) and "I add" not in prompt  # a thought is not shown again
+    assert places == sorted(places) and "I add" not in prompt  # earlier thoughts are dropped
     assert prompt.endswith(thinking_format(tokenizer).opening)
     assert "It is 2" not in decoded(tokenizer, ids)
     alone, _ = trained(tokenizer, Trace(LATER.problem, LATER.reasoning, LATER.answer))
@@ -304,20 +304,20 @@ def test_earlier_turns_are_rendered_and_only_the_last_reply_is_trained(name):
 @pytest.mark.parametrize("name", CASES)
 def test_earlier_replies_are_trained_on_request(name):
     tokenizer = tokenizer_of(name)
-    found = thinking_format(tokenizer)
+    template = thinking_format(tokenizer)
     first, *second = encode_earlier(LATER, tokenizer)
     written = [decoded(tokenizer, one.labels[one.labels != IGNORE]) for one in (first, *second)]
-    if found.thinks:
-        assert written[0] == f"{found.opener}I add.{found.closer}It is 2.{found.tail}{CASES[name].end}"
+    if template.thinks:
+        assert written[0] == f"{template.opener}I add.{template.closer}It is 2.{template.tail}{CASES[name].end}"
     else:
-        assert written[0] == f"{found.opener}I add.\n\nIt is 2.{CASES[name].end}"
+        assert written[0] == f"{template.opener}I add.\n\nIt is 2.{CASES[name].end}"
     assert "1 + 1?" in decoded(tokenizer, first.input_ids) and "one more" not in decoded(tokenizer, first.input_ids)
-    if not found.thinks:
-        assert written[1:] == [f"{found.opener}Then it is 3.{CASES[name].end}"]
+    if not template.thinks:
+        assert written[1:] == [f"{template.opener}Then it is 3.{CASES[name].end}"]
     elif name == "qwen3":  # as its template renders a reply without a thought
         assert written[1:] == ["<think>\n\n</think>\n\nThen it is 3.<|im_end|>"]
-    elif found.is_composed and found.kind == "prompt":
-        assert written[1:] == []  # a prompt that opens a thought needs one
+    elif template.is_composed and template.kind == "prompt":
+        assert written[1:] == []  # the prompt opens a thought, and this reply has none
     examples, left_out = encode_all([LATER], tokenizer, turns="all")
     assert len(examples) == len(written) + 1 and left_out == []
     assert len(encode_all([LATER], tokenizer)[0]) == 1
@@ -343,7 +343,7 @@ def test_a_template_renders_the_same_date_every_day(call, named):
     assert f"Today: {named}\n" in decoded(tokenizer, encode(TRACE, tokenizer).input_ids)
 
 
-def test_without_a_template_turns_are_paragraphs():
+def test_turns_are_paragraphs_without_a_template():
     example = encode(LATER, tiny_tokenizer(), instruction=NONE)
     text = decoded(tiny_tokenizer(), example.input_ids)
     assert text.startswith("What is 1 + 1?\n\nIt is 2.\n\nAnd one more?\n\nThen it is 3.\n\nWhat is 2 + 3?\n\nI add.")

@@ -37,34 +37,34 @@ KNOWN = {
 }
 
 
-def known(opener: str, closer: str) -> set[str]:
-    """Where a pair of marks is recognised as thinking."""
+def places_of(opener: str, closer: str) -> set[str]:
+    """The places where a pair of marks is recognised as thinking."""
     whole, rest = f"{opener}a{closer}b", f"a{closer}b"
     found = {
         START: split_thinking(whole) == ("a", "b") and opens_with_thinking(whole),
         ALONE: split_thinking(rest) == ("a", "b"),
         GRADED: without_thinking(rest) == "b",
         SHOWN: without_tags(whole) == "ab",
-        TEMPLATE: in_template(opener, closer),
+        TEMPLATE: is_found_in_template(opener, closer),
     }
     return {place for place, is_known in found.items() if is_known}
 
 
-def in_template(opener: str, closer: str) -> bool:
-    """Whether thinking is found in a template that drops the text before a closer."""
+def is_found_in_template(opener: str, closer: str) -> bool:
+    """Whether the marks are recognised in a template that drops the text before a closer."""
     tokenizer = deepcopy(tokenizer_of("mistral"))
     tokenizer.chat_template = (
         "{% for m in messages %}<" + "{{ m.role }}>{{ m.content.split('" + closer + "')[-1] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    found = thinking_format(tokenizer)
-    assert found.kind in ("none", "reply") and (found.kind == "none" or found.opener.startswith(opener))
-    return found.close == closer
+    template = thinking_format(tokenizer)
+    assert template.kind in ("none", "reply") and (template.kind == "none" or template.opener.startswith(opener))
+    return template.close == closer
 
 
 @pytest.mark.parametrize("marks", KNOWN, ids=lambda marks: marks[0])
 def test_marks_are_recognised_where_listed(marks: tuple[str, str]) -> None:
-    assert known(*marks) == KNOWN[marks]
+    assert places_of(*marks) == KNOWN[marks]
 
 
 @pytest.mark.parametrize("marks", [marks for marks in KNOWN if KNOWN[marks]], ids=lambda marks: marks[0])
@@ -76,7 +76,7 @@ def test_marks_are_case_insensitive(marks: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "said"),
+    ("completion", "rest"),
     [
         ("a</think>b</think>c", "c"),
         ("a</think>\n ", "a</think>\n "),
@@ -91,8 +91,8 @@ def test_marks_are_case_insensitive(marks: tuple[str, str]) -> None:
         ("a<|end|>b", "a<|end|>b"),
     ],
 )
-def test_text_after_the_last_thinking(completion: str, said: str) -> None:
-    assert without_thinking(completion) == said
+def test_only_text_after_the_last_thinking_is_graded(completion: str, rest: str) -> None:
+    assert without_thinking(completion) == rest
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_marks_are_hidden_from_display(part: str, shown: str) -> None:
     assert without_tags(part) == shown
 
 
-def test_the_answer_comes_after_the_thinking() -> None:
+def test_answer_is_read_after_the_thinking() -> None:
     assert extract_answer("The answer is 3.\n</thought>\nThe answer is 4") == "4"
 
 
-def test_an_answer_in_a_models_marks_is_found() -> None:
+def test_answer_in_solution_marks_is_graded() -> None:
     written = "<|begin_of_thought|>\n2 + 2 = 4\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>"
     problem = Problem("file", "2 + 2?", "4", {})
     assert grade(problem, written.format(4)) == 1.0
@@ -145,6 +145,6 @@ def test_an_answer_in_a_models_marks_is_found() -> None:
 
 
 @pytest.mark.parametrize("opener", ["<think>", "[THINK]", "<|channel>thought", ""])
-def test_a_rendered_prompt_that_opens_the_thinking_is_a_question(opener: str) -> None:
+def test_question_is_read_from_a_prompt_that_opens_the_thinking(opener: str) -> None:
     prompt = f"<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n{opener}\n"
     assert question_of({"prompt": prompt})["problem"] == "2 + 2?"

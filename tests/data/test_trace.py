@@ -1,4 +1,4 @@
-"""A trace's fields: the accepted values, the errors for others, and the roles of its parts."""
+"""Trace fields: accepted values, errors for the rest, and the roles of the parts of a trace."""
 
 import math
 
@@ -52,7 +52,7 @@ from rbfast.data.trace import Trace, TraceError
         ({"signals": {"ids": [[1], []], "logprobs": [[0.0], []]}}, "signals: .* got none in row 1"),
     ],
 )
-def test_the_error_names_the_wrong_field(changes: dict, message: str) -> None:
+def test_error_names_the_wrong_field(changes: dict, message: str) -> None:
     with pytest.raises(TraceError, match=f"^here:3: {message}"):
         Trace.from_dict(ROW | changes, "here:3")
 
@@ -65,13 +65,13 @@ def test_numbers_are_converted_to_text() -> None:
 
 
 @pytest.mark.parametrize("field", ["problem", "reasoning", "answer"])
-def test_the_error_names_the_missing_field_and_the_present_ones(field: str) -> None:
+def test_error_names_the_missing_field_and_the_present_ones(field: str) -> None:
     row = {("question" if name == field else name): text for name, text in ROW.items()}
     with pytest.raises(TraceError, match=f"^here: {field}: expected this field, got .*question"):
         Trace.from_dict(row, "here")
 
 
-def test_a_trace_made_in_code_is_checked_too() -> None:
+def test_trace_made_in_code_is_checked_too() -> None:
     with pytest.raises(TraceError, match=r"^spans: "):
         Trace("p", "reasoning", "a", spans=(Span(0, 3, TACTICAL),))
 
@@ -81,7 +81,7 @@ def test_dict_round_trip() -> None:
     assert trace(plan="", extra="ignored").to_dict() == ROW
 
 
-def test_the_shown_value_is_short() -> None:
+def test_error_shortens_a_long_value() -> None:
     with pytest.raises(TraceError) as raised:
         trace(plan=list(range(10**6)))
     assert len(str(raised.value)) < 200

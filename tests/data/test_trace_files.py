@@ -64,13 +64,13 @@ GOOD = json.dumps(ROW).encode()
         ("t.xlsx", b"PK", r"expected a \.jsonl, .*, \.csv or \.tsv file \(\.gz too\), got \.xlsx"),
     ],
 )
-def test_a_broken_file_names_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_error_for_a_broken_file_names_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TraceError, match=message):
         read_traces(tmp_path / name)
 
 
-def test_an_endless_line_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_over_the_length_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rbfast.data.row_files._LONGEST_LINE", len(GOOD))
     (tmp_path / "fits.jsonl").write_bytes(GOOD)
     (tmp_path / "long.jsonl").write_bytes(GOOD + b" " * 1000)
@@ -79,7 +79,7 @@ def test_an_endless_line_is_not_read_into_memory(tmp_path: Path, monkeypatch: py
         read_traces(tmp_path / "long.jsonl")
 
 
-def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n")
     assert read_traces(tmp_path / "t.jsonl") == [trace(), trace()]
 
@@ -93,7 +93,7 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(source: str | Path, monkeypa
         read_traces(source)
 
 
-def test_a_directory_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_trace_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"expected a folder with a .*, got none; name a file"):
         read_traces(tmp_path)
 
@@ -114,7 +114,7 @@ def test_hub_ids_are_loaded_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None
         read_traces("owner/name")
 
 
-def test_the_error_for_a_hub_id_that_cannot_be_loaded_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_a_hub_id_that_cannot_be_loaded_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def refuse(name: str, *_: object, **__: object) -> None:
@@ -125,7 +125,7 @@ def test_the_error_for_a_hub_id_that_cannot_be_loaded_gives_the_reason(monkeypat
         read_traces("owner/name")
 
 
-def test_real_parquet_is_read_by_the_meanings_of_its_columns() -> None:
+def test_real_parquet_is_read_by_column_meaning() -> None:
     traces = read_traces(data_path("s1k_gemini_sample/reasoning_dataset.parquet"))
     assert [trace.teacher for trace in traces] == ["gemini"] * 5
     assert traces[0].answer == r"a^2 + b^2 \leq 2, A^2 + B^2 \leq 1"
