@@ -1,4 +1,4 @@
-"""A pool from end to end: what is kept, what is dropped and why, the same bytes every time."""
+"""Curation from end to end: what is kept, what is dropped and why; reproducible output."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def row(problem: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, Path]:
-    """A pool with one row for each fate, and an evaluation set."""
+    """A pool with a row for each outcome, and an evaluation set."""
     pool = [
         row("What is the sum of the first three primes after two?", domain="numbers", id="kept"),
         row("what is the sum of the first $3$ primes after two?", domain="numbers"),
@@ -60,7 +60,7 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
     return write_rows(tmp_path / "pool.jsonl", pool), write_rows(tmp_path / "eval.jsonl", evaluations)
 
 
-def test_an_id_that_utf8_cannot_hold_drops_its_row_alone(tmp_path: Path) -> None:
+def test_only_the_row_with_an_invalid_unicode_id_is_dropped(tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("Which is odd?", id="\ud800"), row("Which is even?", id="good")])
     rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1))
     assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == ["good"]
@@ -91,11 +91,11 @@ def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], t
     stages = Counter(record["stage"] for record in dropped)
     assert stages == {s.name: s.given - s.kept for s in result.stages if s.given != s.kept}
     assert {trace.id for trace in kept} <= {"kept", f"{pool}:2", f"{pool}:3", f"{pool}:11"}
-    assert any(trace.domain == "<b>$x$" for trace in kept)  # a small domain is heard
+    assert any(trace.domain == "<b>$x$" for trace in kept)  # small domains are represented
     assert all(0 <= trace.difficulty <= 1 for trace in kept)
 
 
-def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path: Path) -> None:
+def test_datasheet_page_escapes_text_from_the_pool(small: tuple[Path, Path], tmp_path: Path) -> None:
     rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=3, against=[small[1]]))
     page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
     assert "<b>" not in page
@@ -106,7 +106,7 @@ def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path:
     assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
 
 
-def test_the_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Path, Path], tmp_path: Path) -> None:
+def test_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Path, Path], tmp_path: Path) -> None:
     rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]]))
     counted = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))["verified"]
     page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_the_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Pa
     assert "holds an evaluation problem: 1" in page
 
 
-def test_the_datasheet_says_how_much_it_leaves_out(tmp_path: Path) -> None:
+def test_datasheet_gives_the_full_counts_of_shortened_lists(tmp_path: Path) -> None:
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
     asked = [" ".join(f"{word}{number}" for word in words) for number in range(85)]
     evaluations = write_rows(tmp_path / "against.jsonl", [{"problem": problem} for problem in asked[:60]])
@@ -132,7 +132,7 @@ def test_the_datasheet_says_how_much_it_leaves_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["", "reason1k.jsonl"])
-def test_what_is_written_is_apart_from_the_pool(source: str, small: tuple[Path, Path]) -> None:
+def test_output_that_overlaps_the_pool_is_refused(source: str, small: tuple[Path, Path]) -> None:
     folder = small[0].parent
     write_rows(folder / "reason1k.jsonl", [row("What is it?")])
     with pytest.raises(ValueError, match="the output would overlap the pool"):
@@ -148,18 +148,18 @@ def test_any_reference_of_a_wrong_answer_is_written(reference: Any, tmp_path: Pa
     assert (dropped["answer"], dropped["reference"]) == ("7", str(reference).replace("\ud83d", "?"))
 
 
-def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
+def test_template_matches_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
     result = rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]], keep_templates=True))
     assert result.stages[1].dropped == {"holds an evaluation problem": 1}
     sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
     assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
 
 
-def turns(*said: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[at % 2], "content": words} for at, words in enumerate(said)]
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(texts)]
 
 
-def test_what_came_before_the_problem_is_decontaminated_too(tmp_path: Path) -> None:
+def test_turns_and_system_prompts_are_decontaminated(tmp_path: Path) -> None:
     asked = "A train leaves at noon and drives 60 miles an hour for 3 hours. How far is it then?"
     pool = [
         row("Are you sure?", turns=turns(asked, "180 miles.")),
@@ -175,7 +175,7 @@ def test_what_came_before_the_problem_is_decontaminated_too(tmp_path: Path) -> N
     assert [trace.problem for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [pool[-1]["problem"]]
 
 
-def test_conversations_are_one_if_their_turns_and_their_problem_are(tmp_path: Path) -> None:
+def test_conversations_are_duplicates_if_turns_and_problem_match(tmp_path: Path) -> None:
     check = "Are you sure? Please check your work."
     pool = [
         row(check, turns=turns("What is $2 + 5$?", "It is 7.")),
@@ -196,15 +196,15 @@ def test_conversations_are_one_if_their_turns_and_their_problem_are(tmp_path: Pa
 @pytest.mark.parametrize(
     ("plain", "better", "kept"), [(None, None, "better"), (True, None, "plain"), (None, False, "plain")]
 )
-def test_of_one_problem_the_right_trace_is_kept_then_the_better(tmp_path: Path, plain, better, kept: str) -> None:
-    """A wrong one is the last to be kept."""
+def test_duplicates_keep_a_right_trace_then_the_better_one(tmp_path: Path, plain, better, kept: str) -> None:
+    """A trace with a wrong answer ranks last."""
     pool = [row("Two and five?", id="plain", verified=plain), row("Two and five?", id="better", verified=better)]
     pool[1]["reasoning"] = "Perhaps add first. Then check: therefore it is 7."
     rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out")
     assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [kept]
 
 
-def test_only_questions_count_in_the_rarity_of_shingles() -> None:
+def test_only_questions_count_towards_the_rarity_of_shingles() -> None:
     said = row("Are you sure?", turns=turns("What is 2 + 5?", "It is 7."), system="Be brief.")
     asked = text.fingerprints(text.pack(["Are you sure?", "What is 2 + 5?"])).tolist()
     part = Assessor(Decontaminator([]))([("", said)])
@@ -213,7 +213,7 @@ def test_only_questions_count_in_the_rarity_of_shingles() -> None:
 
 @pytest.fixture(scope="module")
 def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real pool in two files: Claude's correct completions, several for each problem."""
+    """A real pool: Claude's correct completions, several for each problem."""
     folder = tmp_path_factory.mktemp("pool")
     traces, _ = traces_from_results(data_path("reasoning_gym_claude35"), "claude-3.5-sonnet")
     write_traces(folder / "pool.jsonl", traces)
@@ -221,7 +221,7 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
+def test_real_pool_gives_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
     one = rbfast.curate([claude], tmp_path / "one", CurateConfig(size=100, against=against, seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 100)
@@ -236,7 +236,7 @@ def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tm
     assert len(kept) + len(rows_of(tmp_path / "one" / "dropped.jsonl")) == len(read_traces(claude))
 
 
-def test_a_server_that_says_stop_is_believed(tmp_path: Path) -> None:
+def test_finish_reason_stop_overrules_a_cut_looking_ending(tmp_path: Path) -> None:
     rows = [row("Stop?", reasoning="So it is the", finish_reason="stop"), row("Cut?", reasoning="So it is the")]
     result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out", CurateConfig(size=1))
     assert result.selected == 1
@@ -255,14 +255,14 @@ def test_a_server_that_says_stop_is_believed(tmp_path: Path) -> None:
         ("\nThis is \\boxed{25}, since the", False),
     ],
 )
-def test_what_comes_to_its_marked_answer_is_not_cut(tmp_path: Path, ending: str, is_whole: bool) -> None:
+def test_solution_is_whole_if_it_ends_in_a_marked_answer(tmp_path: Path, ending: str, is_whole: bool) -> None:
     working = "A can is 25 cents here.\nIt is 50 there.\nThat is more.\nSo it is 50 - 25 = 25 more expensive per can"
     rows = [{"question": "How much more is a can?", "answer": working + ending}, row("Is there another?")]
     result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out")
     assert result.stages[0].dropped == ({} if is_whole else {"truncated": 1})
 
 
-def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_results_and_missing_sources_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("Cut?", truncated=True)])
     assert main(["curate", str(pool), "-o", str(tmp_path / "out"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["selected"] == 0
@@ -338,7 +338,7 @@ def test_measures_are_pluggable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weight", "kept"), [(0.75, "better"), (1.25, "right")])
 def test_a_right_answer_counts_twice_as_much_as_an_unverified_one(tmp_path: Path, weight: float, kept: str) -> None:
-    """The ranks of the two qualities, of any scale, differ by a half."""
+    """The quality ranks of the two traces differ by a half, whatever the scale."""
     pool = [row("Which is the longer question?", id="right", verified=True), row("What is it?", id="better")]
     weights = Weights(difficulty=0, quality=1, verified=weight)
     config = CurateConfig(size=1, quality=shorter_is_better, weights=weights)
@@ -346,14 +346,14 @@ def test_a_right_answer_counts_twice_as_much_as_an_unverified_one(tmp_path: Path
     assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [kept]
 
 
-def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_length() -> None:
+def test_difficulty_is_the_miss_rate_else_the_field_else_the_length() -> None:
     rows = [("", row(f"Problem {word}?", **more)) for word, more in (
         ("one", {}), ("two", {"difficulty": 9}), ("three three three", {}), ("four", {"difficulty": 4}),
     )]  # fmt: skip
     part = Assessor(Decontaminator([]))(rows)
     alive = np.ones(4, dtype=bool)
-    found = _difficulties(part, _known_rates(part, {"problem  one?": 0.75}), alive)  # the same tokens
-    assert found.tolist() == [0.25, 0.75, 0.875, 0.25]
+    values = _difficulties(part, _known_rates(part, {"problem  one?": 0.75}), alive)  # the same tokens
+    assert values.tolist() == [0.25, 0.75, 0.875, 0.25]
     with pytest.raises(ValueError, match=r"pass rates must lie in \[0, 1\], got 3"):
         _known_rates(part, {"Problem one?": 3.0})
 
@@ -364,7 +364,7 @@ def test_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "is_cut"),
+    ("fields", "is_truncated"),
     [
         ({"finish_reason": "MAX_TOKENS"}, True),
         ({"stop_reason": "model_length"}, True),
@@ -376,9 +376,9 @@ def test_ranks() -> None:
         ({"reasoning": "So it is the", "finish_reason": "completed"}, False),
     ],
 )
-def test_a_reply_is_cut_in_the_words_of_any_server(fields: dict[str, Any], is_cut: bool) -> None:
-    [seen] = Assessor(Decontaminator([]))([("p.jsonl:1", row("What?", **fields))]).flaws
-    assert (seen or "").startswith("truncated: ") == is_cut
+def test_truncation_is_recognised_in_the_fields_of_any_server(fields: dict[str, Any], is_truncated: bool) -> None:
+    [flaw] = Assessor(Decontaminator([]))([("p.jsonl:1", row("What?", **fields))]).flaws
+    assert (flaw or "").startswith("truncated: ") == is_truncated
 
 
 def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> N
     assert verify_answer(Trace.from_dict(given), given) is verdict
 
 
-def test_several_processes_need_functions_of_a_module(tmp_path: Path) -> None:
+def test_several_processes_need_module_level_functions(tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("Write 7.")])
     with pytest.raises(ValueError, match="quality, difficulty, verify and embed must be functions of a module"):
         rbfast.curate([pool], tmp_path / "out", CurateConfig(quality=lambda trace: 1.0, processes=2))
@@ -427,16 +427,16 @@ def test_a_verifier_gets_the_fields_of_a_row_in_any_format(tmp_path: Path) -> No
     pool = write_rows(tmp_path / "pool.jsonl", [asked, {**asked, "question": "Write 8.", "tests": ["8"]}])
     config = CurateConfig(verify=lambda trace, row: trace.answer in row["tests"] and row["finish_reason"] == "stop")
     rbfast.curate([pool], tmp_path / "out", config)
-    assert [found["problem"] for found in rows_of(tmp_path / "out" / "reason1k.jsonl")] == ["Write 7."]
+    assert [kept["problem"] for kept in rows_of(tmp_path / "out" / "reason1k.jsonl")] == ["Write 7."]
 
 
-def test_weights() -> None:
+def test_invalid_weights_are_refused() -> None:
     for wrong in ({"quality": -1.0}, {"difficulty": 0.0, "quality": 0.0, "verified": 0.0}, {"quality": math.inf}):
         with pytest.raises(ValueError, match="weights must be finite, 0 or more and not all 0"):
             Weights(**wrong)
 
 
-def test_copies_are_not_among_those_to_choose_from(tmp_path: Path) -> None:
+def test_duplicates_do_not_count_as_eligible(tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?")] * 6 + [row("How many days has a week?")])
     result = rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1))
     dropped = rows_of(tmp_path / "out" / "dropped.jsonl")
@@ -445,12 +445,12 @@ def test_copies_are_not_among_those_to_choose_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70])
-def test_any_number_is_a_seed(tmp_path: Path, seed: int) -> None:
+def test_seed_may_be_any_integer(tmp_path: Path, seed: int) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?"), row("How many days has a week?")])
     assert rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1, seed=seed)).selected == 1
 
 
-def test_the_seed_chooses_among_equals(tmp_path: Path) -> None:
+def test_seed_chooses_among_equal_traces(tmp_path: Path) -> None:
     words = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
     pool = write_rows(tmp_path / "pool.jsonl", [row(f"What is one {word}?") for word in words])
 

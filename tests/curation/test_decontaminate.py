@@ -1,4 +1,4 @@
-"""Decontamination on the pairs that people confirmed, on paraphrases by number, and at its edges."""
+"""Decontamination: pairs confirmed by people, changed numbers and names, paraphrases and edge cases."""
 
 import csv
 import json
@@ -39,21 +39,21 @@ def s1k() -> list[str]:
 
 
 def confirmed() -> set[tuple[int, int]]:
-    """(place in s1K, place in MATH-500) of the pairs that people confirmed."""
+    """(index in s1K, index in MATH-500) of the pairs that people confirmed."""
     with data_path("decontam_audit/s1_confirmed.csv").open(encoding="utf-8", newline="") as file:
         return {(int(row["train_id"][-4:]), int(row["math500_id"][-4:])) for row in csv.DictReader(file)}
 
 
-def test_confirmed_pairs_are_flagged_and_nothing_else(s1k: list[str], math500: list[Evaluation]) -> None:
-    flagged = {(place, match.item) for place, match in enumerate(contaminated(s1k, math500)) if match}
+def test_only_confirmed_pairs_are_flagged(s1k: list[str], math500: list[Evaluation]) -> None:
+    flagged = {(index, match.item) for index, match in enumerate(contaminated(s1k, math500)) if match}
     assert len(confirmed()) == 4
-    assert flagged == confirmed()  # the bar is two others at most
+    assert flagged == confirmed()  # the target allows two others
     with data_path("s1k_questions/s1_ngram_hits.jsonl").open(encoding="utf-8") as file:
-        assert len({json.loads(line)["train_id"] for line in file}) == 185  # what any shared 8-gram flags
+        assert len({json.loads(line)["train_id"] for line in file}) == 185  # flagged by any shared 8-gram
 
 
-def test_the_verdicts_stand_apart_from_the_thresholds(s1k: list[str], math500: list[Evaluation]) -> None:
-    """The four hold 0.93 and more of their problem, the next less than 0.4: the threshold is not tuned to them."""
+def test_confirmed_pairs_are_far_above_the_threshold(s1k: list[str], math500: list[Evaluation]) -> None:
+    """The four share 0.93 or more of their problem, the next less than 0.4: the threshold is not tuned to them."""
     found = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0, variant=1.0))
     shares = sorted((match.share for match in found if match), reverse=True)
     assert shares[3] > 0.9
@@ -64,22 +64,22 @@ def change_digits(problem: str, rng: random.Random) -> str:
     return re.sub(r"\d", lambda digit: str((int(digit[0]) + rng.randrange(1, 10)) % 10), problem)
 
 
-def test_other_numbers_are_reported_by_the_template_tier(math500: list[Evaluation]) -> None:
+def test_changed_numbers_are_reported_by_the_template_tier(math500: list[Evaluation]) -> None:
     rng = random.Random(0)
     pool = [change_digits(item.problem, rng) for item in math500]
-    unlike = Thresholds(text=1.0)
-    found = contaminated(pool, math500, thresholds=unlike)
+    thresholds = Thresholds(text=1.0)
+    found = contaminated(pool, math500, thresholds=thresholds)
     assert all(found)
-    changed = [(place, match) for place, match in enumerate(found) if match and match.tier == "template"]
+    changed = [(index, match) for index, match in enumerate(found) if match and match.tier == "template"]
     drawing = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
-    told = [drawing.sub("", item.problem) for item in math500]
-    assert [place for place, _ in changed] == [place for place, text in enumerate(told) if re.search(r"\d", text)]
+    plain = [drawing.sub("", item.problem) for item in math500]
+    assert [index for index, _ in changed] == [index for index, text in enumerate(plain) if re.search(r"\d", text)]
     assert len(changed) == 460
-    own = sum(math500[match.item].problem == math500[place].problem for place, match in changed)
+    own = sum(math500[match.item].problem == math500[index].problem for index, match in changed)
     assert own >= 0.99 * len(changed)  # two problems of the set share a template
 
 
-def test_other_numbers_of_other_lengths_are_reported_too() -> None:
+def test_changed_numbers_may_differ_in_length() -> None:
     evaluations = [Evaluation("e:1", "A farm has 3 cows and 12 hens. How many legs do they have in all?")]
     pool = ["A farm has 45 cows and 7 hens. How many legs do they have in all?", "How many legs have 3 dogs?"]
     match, other = contaminated(pool, evaluations)
@@ -87,16 +87,16 @@ def test_other_numbers_of_other_lengths_are_reported_too() -> None:
     assert other is None
 
 
-def test_short_problems_are_seen() -> None:
+def test_short_problems_are_matched() -> None:
     evaluations = [Evaluation("e:1", "Compute $\\sin 60^\\circ$."), Evaluation("e:2", "What is $5!$?")]
     found = contaminated(["compute \\(\\sin(60°)\\)", "Compute $\\cos 60^\\circ$.", "", "Solve x."], evaluations)
     assert [match and (match.item, match.tier) for match in found] == [(0, "text"), None, None, None]
 
 
 @pytest.mark.parametrize("short", ["Simplify $\\sqrt{242}$.", "Evaluate $\\log_264$.", "Compute $\\dbinom{31}{28}$."])
-def test_short_problems_are_seen_behind_a_preamble_and_before_options(short: str, math500: list[Evaluation]) -> None:
+def test_short_problems_match_after_a_preamble_or_before_options(short: str, math500: list[Evaluation]) -> None:
     preamble = "You are a helpful assistant. Please solve the following math problem carefully and show all the work."
-    [place] = [place for place, item in enumerate(math500) if item.problem == short]
+    [index] = [index for index, item in enumerate(math500) if item.problem == short]
     pool = [
         f"{preamble}\n\nProblem: {short}",
         f"{short}\n\nA) 1\nB) 2\nC) 3",
@@ -106,10 +106,10 @@ def test_short_problems_are_seen_behind_a_preamble_and_before_options(short: str
     ]
     others = [f"{short.rstrip('.')} + 3.", f"{preamble} {short.replace('2', '3')}", "Find $x$."]
     found = contaminated([*pool, *others], math500)
-    assert found == [Match(place, "text", 1.0)] * len(pool) + [None] * len(others)
+    assert found == [Match(index, "text", 1.0)] * len(pool) + [None] * len(others)
 
 
-def test_what_every_problem_may_end_in_is_no_match() -> None:
+def test_common_endings_are_not_a_match() -> None:
     evaluations = [
         Evaluation(f"e:{i}", asked) for i, asked in enumerate(("Find $x$.", "Solve for $x$.", "5!", "What is 50%?"))
     ]
@@ -121,14 +121,14 @@ def test_what_every_problem_may_end_in_is_no_match() -> None:
     ]
 
 
-def test_short_problems_join_what_else_is_found() -> None:
+def test_matches_of_short_and_long_problems_are_combined() -> None:
     long = "A farm has 3 cows and 12 hens. How many legs do they have in all?"
     evaluations = [Evaluation("e:1", long), Evaluation("e:2", "Compute $5!$.")]
     found = contaminated(["Compute $5!$.", long, f"{long} Compute $5!$.", "", "Now compute $5!$."], evaluations)
     assert [match and match.item for match in found] == [1, 0, 0, None, 1]
 
 
-def test_backslashes_that_were_doubled_are_read_as_one(math500: list[Evaluation]) -> None:
+def test_doubled_backslashes_are_read_as_single_ones(math500: list[Evaluation]) -> None:
     doubled = [item.problem.replace("\\", "\\\\") for item in math500]
     found = contaminated(doubled, math500)
     assert [match and match.item for match in found] == list(range(len(math500)))
@@ -143,7 +143,7 @@ def test_backslashes_that_were_doubled_are_read_as_one(math500: list[Evaluation]
         ("What is $5!$?", "What is $5$?"),
     ],
 )
-def test_look_alike_problems_are_told_apart(one: str, other: str) -> None:
+def test_lookalike_problems_do_not_match(one: str, other: str) -> None:
     assert contaminated([one, other], [Evaluation("e:1", one)])[1] is None
     assert contaminated([one, other], [Evaluation("e:1", other)])[0] is None
 
@@ -175,21 +175,21 @@ SET = [
          "renamed"),
     ],
 )  # fmt: skip
-def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, item: int, tier: str) -> None:
+def test_problem_with_other_numbers_names_or_a_clause_is_matched(problem: str, item: int, tier: str) -> None:
     others = ["Find the area of a circle of radius three.", "How many different primes are there below one hundred?"]
     match = contaminated([problem, *others], [Evaluation("e", asked) for asked in SET])[0]
     assert match is not None
     assert (match.item, match.tier) == (item, tier)
 
 
-def test_formulas_of_a_common_form_alone_make_no_variant() -> None:
+def test_formulas_of_a_common_form_alone_are_not_a_variant() -> None:
     evaluations = [Evaluation("e", "Solve the system $2x + 3y = 12$, $5x - 4y = 7$ for $x$ and $y$.")]
     asked = "Given that $7x + {}y = 1$ and $6x - 9y = 5$, for $x$ and $y$ what holds?"
     for number in (8, 3):  # with 3 it shares a few tokens as they are, "x + 3y ="
         assert contaminated([asked.format(number), "How many primes are there?"], evaluations) == [None, None]
 
 
-def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_first() -> None:
+def test_strongest_match_is_by_tier_then_share_then_order() -> None:
     small, large, equal = Match(0, "variant", 0.6), Match(1, "variant", 0.9), Match(2, "variant", 0.9)
     copied, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
     matches = [small, large, None, large, copied, template, None, large, equal]
@@ -199,23 +199,23 @@ def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_fir
 WORDS = [letter * 3 for letter in "abcdefghijklmnopqrstuvwx"]
 
 
-def told(words: list[str], first: int | None) -> str:
-    """The words, every fourth of them replaced by a number, counted on from `first` if it is given."""
+def sentence_of(words: list[str], first: int | None) -> str:
+    """The words as text; if `first` is given, every fourth word is a number: `first` plus its position."""
     return " ".join(word if first is None or n % 4 < 3 else str(first + n) for n, word in enumerate(words))
 
 
 @pytest.mark.parametrize(
     ("shared", "numbers", "tier"), [(14, None, "text"), (13, None, None), (20, 50, "template"), (19, 50, None)]
 )
-def test_half_of_a_problem_counts_and_four_fifths_with_other_numbers(shared: int, numbers, tier: str | None) -> None:
+def test_match_needs_half_the_text_or_four_fifths_of_the_template(shared: int, numbers, tier: str | None) -> None:
     """The problem has 20 shingles; its first 14 words hold 10 of them."""
-    evaluation = Evaluation("e", told(WORDS, numbers and 10))
+    evaluation = Evaluation("e", sentence_of(WORDS, numbers and 10))
     others = "while some other people over there talk about quite different things that matter to them alone"
-    [match] = contaminated([f"{told(WORDS[:shared], numbers)} {others}"], [evaluation])
+    [match] = contaminated([f"{sentence_of(WORDS[:shared], numbers)} {others}"], [evaluation])
     assert (match and match.tier) == tier
 
 
-def test_what_says_how_to_answer_counts_for_nothing() -> None:
+def test_instructions_on_how_to_answer_are_ignored() -> None:
     asked = SET[2].partition("Enter")[2]
     problem = f"A sphere touches three given planes and two lines. Find the plane of its centre. Enter{asked}"
     assert contaminated([problem], [Evaluation("e", asked) for asked in SET]) == [None]
@@ -242,7 +242,7 @@ def test_instructions_after_a_long_gap_are_left_out_in_linear_time(gap: str) -> 
     assert kept.split() == [*problem.split(), "Thanks"]
 
 
-def test_common_openings_are_no_match(s1k: list[str], math500: list[Evaluation]) -> None:
+def test_common_openings_are_not_a_match(s1k: list[str], math500: list[Evaluation]) -> None:
     pool = [
         "In triangle $ABC$, $AB = 13$, $BC = 14$, and $CA = 15$. Find the radius of the incircle of triangle $ABC$.",
         "Let $x$, $y$, and $z$ be positive real numbers such that $x + y + z = 1$. Find the maximum value of $xyz^2$.",
@@ -265,7 +265,7 @@ def test_boilerplate_weighs_little() -> None:
     assert found[1] is not None and found[1].item == 0
 
 
-def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluation]) -> None:
+def test_matches_do_not_depend_on_parts_or_threads(s1k: list[str], math500: list[Evaluation]) -> None:
     index = pickle.loads(pickle.dumps(Decontaminator(math500)))
     parts = [s1k[:1], s1k[1:400], [], s1k[400:]]
     found = join_shared([index.find(text.pack(part), part, threads=n) for n, part in enumerate(parts, start=1)])
@@ -273,13 +273,13 @@ def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluatio
     assert verdicts == contaminated(s1k, math500, threads=1)
 
 
-def test_copies_in_the_pool_do_not_hide_it() -> None:
+def test_many_copies_in_the_pool_are_all_flagged() -> None:
     most = SET[0][: int(0.7 * len(SET[0]))]
     pool = [most] * 500 + ["Find the area of the triangle."] * 20
     assert all(contaminated(pool, [Evaluation("e", asked) for asked in SET])[:500])
 
 
-def test_no_evaluations_and_no_problems(math500: list[Evaluation]) -> None:
+def test_empty_evaluations_or_pool_give_no_matches(math500: list[Evaluation]) -> None:
     assert contaminated(["What is 1 + 1?"], []) == [None]
     assert contaminated([], math500) == []
 
@@ -288,7 +288,7 @@ def letters(problems: list[str]) -> np.ndarray:
     return np.array([[problem.lower().count(chr(97 + i)) for i in range(26)] for problem in problems], dtype=float)
 
 
-def test_an_embedding_sees_paraphrases() -> None:
+def test_embedding_finds_paraphrases() -> None:
     evaluations = [Evaluation("e:1", "silent night"), Evaluation("e:2", "zebra crossing")]
     pool = ["listen thing", "tricycles", ""]
     found = contaminated(pool, evaluations, embed=letters)
@@ -308,7 +308,7 @@ def test_an_embedding_sees_paraphrases() -> None:
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))
 
 
-def test_evaluation_files(tmp_path: Path) -> None:
+def test_evaluation_files_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text('{"question": "One?"}\n\n{"prompt": "Two?", "answer": 2}\n')
     assert read_evaluations([path]) == [Evaluation(f"{path}:1", "One?"), Evaluation(f"{path}:3", "Two?")]
@@ -322,12 +322,12 @@ def test_evaluation_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, float("nan")])
-def test_thresholds(threshold: float) -> None:
+def test_invalid_threshold_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="template must lie in"):
         Thresholds(template=threshold)
 
 
-def test_benchmarks_go_by_the_names_that_an_evaluation_has_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_have_the_same_names_as_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []

@@ -1,3 +1,5 @@
+"""Which problems count as duplicates, and which copy is kept."""
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from rbfast.curation.dedup import SIGNATURE, agreement_key, duplicates, mix_hist
 
 
 def keepers(items: list[tuple[str, str]], preference: list[float] | None = None) -> list[int]:
-    """Of (problem, answer) pairs, as the curation computes their columns."""
+    """The index of the copy that is kept for each (problem, answer) pair, from columns computed as in curation."""
     packed = text.pack(problem for problem, _ in items)
     rows, _ = text.shingles(packed, 5)
     keys = np.array([agreement_key(*item) for item in items], dtype=np.uint64)
@@ -21,7 +23,7 @@ LONG = (
 )
 
 
-def test_typings_of_one_problem_are_one_whatever_the_answer() -> None:
+def test_notations_of_one_problem_are_duplicates_whatever_the_answer() -> None:
     assert keepers([("Find $\\frac12+x$.", "1"), ("find \\(\\dfrac{1}{2} + x\\)", "2"), ("Find $x$.", "1")]) == [
         0,
         0,
@@ -29,24 +31,22 @@ def test_typings_of_one_problem_are_one_whatever_the_answer() -> None:
     ]
 
 
-def test_of_duplicates_the_preferred_is_kept_of_equals_the_first() -> None:
+def test_preferred_duplicate_is_kept_and_the_first_of_equals() -> None:
     items = [("One plus one?", "2")] * 3 + [("Two?", "2")]
     assert keepers(items, [0.1, 0.5, 0.5, 0.0]) == [1, 1, 1, 3]
 
 
-def test_a_reworded_problem_is_the_same_one() -> None:
+def test_reworded_problem_is_a_duplicate_if_the_answers_agree() -> None:
     asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
-    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "108")]) == [0, 0, 0]  # 2 says what 1 says
+    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "108")]) == [0, 0, 0]  # 2 is a copy of 1
     assert keepers([(asked[0], "110"), (asked[1], "108")]) == [0, 1]
     assert keepers([(asked[0], "110"), (asked[0].replace("a few", "the few"), "110")]) == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("said", "instead"), [("12 cows", "14 cows"), ("by the river", "by river b"), ("hens", "pigs")]
-)
-def test_other_data_or_words_make_another_problem(said: str, instead: str) -> None:
+@pytest.mark.parametrize(("old", "new"), [("12 cows", "14 cows"), ("by the river", "by river b"), ("hens", "pigs")])
+def test_changed_numbers_or_words_make_a_different_problem(old: str, new: str) -> None:
     asked = LONG.format("How many legs does he count?")
-    assert keepers([(asked, "110"), (asked.replace(said, instead), "110")]) == [0, 1]
+    assert keepers([(asked, "110"), (asked.replace(old, new), "110")]) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -63,18 +63,18 @@ def test_other_data_or_words_make_another_problem(said: str, instead: str) -> No
         (LONG.format("Is $\\lnot p$ true?"), LONG.format("Is $p$ true?")),
     ],
 )
-def test_signs_make_another_problem(one: str, other: str) -> None:
+def test_changed_signs_make_a_different_problem(one: str, other: str) -> None:
     assert keepers([(one, "4"), (other, "4")]) == [0, 1]
 
 
-def test_problems_without_a_word_are_like_no_other() -> None:
+def test_problems_without_words_have_no_duplicates() -> None:
     assert keepers([("?", "1"), ("!", "1"), ("", "1")]) == [0, 1, 2]
     assert keepers([]) == []
     assert mix_history(np.array([5, 0], dtype=np.uint64), np.array([0, 7], dtype=np.uint64)).tolist() == [0, 7]
 
 
-def test_chains_of_duplicates_have_one_keeper() -> None:
-    """a is near b and b is c's copy: all three are one, though a and c never meet."""
+def test_chain_of_duplicates_keeps_one_item() -> None:
+    """b is a rewording of a, and c a copy of b: all three are duplicates, though a and c do not match directly."""
     asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
     assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "9")], [0.0, 0.0, 1.0]) == [2, 2, 2]
 
@@ -89,5 +89,5 @@ def test_chains_of_duplicates_have_one_keeper() -> None:
         ("~p", "p", False),
     ],
 )
-def test_answers_agree_if_one_may_be_typed_for_the_other(one: str, other: str, is_same: bool) -> None:
+def test_answers_agree_if_they_differ_only_in_notation(one: str, other: str, is_same: bool) -> None:
     assert (agreement_key("What is it?", one) == agreement_key("What is it?", other)) is is_same

@@ -1,4 +1,4 @@
-"""Flaws and marks on real traces of four models, and on made ones."""
+"""Flaws and quality marks of real traces from four models and of made-up ones."""
 
 import json
 import random
@@ -15,7 +15,7 @@ QWEN = "qwen3_think_onoff/qwen3-8b__think-on.jsonl"
 
 
 def thinking(name: str, field: str) -> list[tuple[str, bool]]:
-    """(what a model thought, whether it finished) of a file."""
+    """(thinking, whether it finished) of each row of a file."""
     with data_path(name).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [(row[field], row.get("done_reason", "stop") == "stop") for row in rows if row[field]]
@@ -40,8 +40,8 @@ def test_finished_thinking_has_no_flaw(name: str, field: str, count: int) -> Non
     assert [flaw_of(text) for text in whole] == [None] * count
 
 
-def test_thinking_that_met_the_limit_loops() -> None:
-    """Qwen3-8B's five thoughts that the limit cut are loops; the other six met it in the reply that followed."""
+def test_thinking_cut_by_the_limit_is_flagged_as_looping() -> None:
+    """Five thoughts of Qwen3-8B were cut by the token limit: all loop. Six more runs hit the limit in their reply."""
     with data_path(QWEN).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     cut = [row["thinking"] for row in rows if row["done_reason"] == "length" and not row["content"]]
@@ -49,20 +49,20 @@ def test_thinking_that_met_the_limit_loops() -> None:
     assert all((flaw_of(text) or "").startswith("looping") for text in cut)
 
 
-def test_some_of_what_is_cut_at_random_is_seen() -> None:
-    """A cut shows in the text where it leaves a sentence or a formula open: measured 0.30 for Qwen3, 0.55 for R1."""
+def test_some_random_cuts_are_detected() -> None:
+    """A cut is visible if it leaves a sentence or a formula open: measured 0.30 for Qwen3, 0.55 for R1."""
     rng = random.Random(0)
-    for name, field, least in (
+    for name, field, floor in (
         (QWEN, "thinking", 0.25),
         ("r1_math500_traces/math500_deepseek_r1.jsonl", "reasoning_trace", 0.4),
     ):
         whole = [text for text, finished in thinking(name, field) if finished]
         cut = [text[: rng.randrange(len(text) // 2, len(text))] for text in whole]
-        assert np.mean([flaw_of(text) is not None for text in cut]) >= least
+        assert np.mean([flaw_of(text) is not None for text in cut]) >= floor
 
 
 @pytest.mark.parametrize(
-    ("reasoning", "complaint"),
+    ("reasoning", "message"),
     [
         ("So \\[ x = 3", r"inside \\\[ ... \\\]"),
         ("We have \\(x\\) and \\(y", r"inside \\\( ... \\\)"),
@@ -87,10 +87,10 @@ def test_some_of_what_is_cut_at_random_is_seen() -> None:
         ("One is 1.\nTwo is 2.\nThree is 3.\nFour is 4.\nFive seems odd to me", "no full stop"),
     ],
 )
-def test_cut_reasoning(reasoning: str, complaint: str) -> None:
-    found = flaw_of(reasoning)
-    assert found is not None and found.startswith("truncated: ")
-    assert re.search(complaint, found)
+def test_cut_reasoning_is_flagged(reasoning: str, message: str) -> None:
+    flaw = flaw_of(reasoning)
+    assert flaw is not None and flaw.startswith("truncated: ")
+    assert re.search(message, flaw)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_cut_reasoning(reasoning: str, complaint: str) -> None:
         "A tree costs $$60.00.\n\nAll of them cost 210.",
     ],
 )
-def test_whole_reasoning(reasoning: str) -> None:
+def test_whole_reasoning_is_not_flagged(reasoning: str) -> None:
     assert flaw_of(reasoning) is None
 
 
@@ -134,29 +134,29 @@ def test_reasoning_may_end_on_its_answer(reasoning: str, answer: str) -> None:
     assert flaw_of(reasoning.replace("**", ""), answer="7") is not None
 
 
-def test_answers_and_languages() -> None:
+def test_unreadable_answers_and_language_changes_are_flagged() -> None:
     assert flaw_of("It is 7.", answer="...") == "unreadable answer: it holds no letter, digit or sign"
     assert flaw_of("It is 7.", answer="\\frac{1}{2") == "unreadable answer: its braces do not balance"
     assert flaw_of("It is \\{1\\}.", answer="\\{1, 2\\}") is None
     assert (flaw_of("所以我们得到答案 7.") or "").startswith("language")
     assert flaw_of("所以我们得到答案 7.", problem="求解 x") is None
-    said = "The sum of these numbers is even, so {} it is 7."
-    assert flaw_of(said.format("求")) is None and flaw_of(said.format("我们求解")) is not None
+    sentence = "The sum of these numbers is even, so {} it is 7."
+    assert flaw_of(sentence.format("求")) is None and flaw_of(sentence.format("我们求解")) is not None
     assert flaw_of("Thus α + β ≤ 𝑥, naïve.") is None
     assert flaw_of("aⁿ bⁿ = (ab)ⁿ, ∠A = 45º, ℜ(z) = 1.") is None
     assert flaw_of("サーバーとユーザーのデーター、人々。", problem="計算") is None
 
 
 @pytest.mark.parametrize("answer", ["] } )", "(())", "✓", "👍", "-", "≤", "{}"])
-def test_answers_without_a_letter(answer: str) -> None:
+def test_answers_without_a_letter_are_accepted(answer: str) -> None:
     assert flaw_of("It is that.", answer=answer) is None
 
 
-def test_a_translation_is_no_change_of_language() -> None:
+def test_translation_is_not_a_change_of_language() -> None:
     assert flaw_of("Good morning is おはよう, so おはよう.", "Translate good morning.", "おはよう") is None
 
 
-def test_another_s_word_counts_more_than_an_ending() -> None:
+def test_verdicts_of_server_or_verifier_overrule_the_ending() -> None:
     cut = Trace("p", "So it is the", "7")
     assert find_flaw(cut, 0.0) == "truncated: it ends on 'the'"
     assert find_flaw(cut, 0.0, finished=True) is None
@@ -166,7 +166,7 @@ def test_another_s_word_counts_more_than_an_ending() -> None:
 
 
 def test_finished_replies_have_no_flaw() -> None:
-    """Qwen3-8B without thinking: the two that met the limit loop, and nothing else is wrong with a reply."""
+    """Qwen3-8B without thinking: the two replies that hit the limit loop, and no other reply has a flaw."""
     with data_path("qwen3_think_onoff/qwen3-8b__think-off.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     items = {
@@ -174,17 +174,17 @@ def test_finished_replies_have_no_flaw() -> None:
     }
     flaws = {row["item_id"]: flaw_of(row["content"], items[row["item_id"]]["prompt"]) for row in rows}
     assert len(flaws) == 200
-    assert {item for item, seen in flaws.items() if seen} == {r["item_id"] for r in rows if r["done_reason"] != "stop"}
+    assert {item for item, flaw in flaws.items() if flaw} == {r["item_id"] for r in rows if r["done_reason"] != "stop"}
 
 
-def test_repetition_is_the_share_said_before() -> None:
+def test_repetition_is_the_share_that_occurred_before() -> None:
     once = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(100))
     assert repeated_shares([once, f"{once} {once}", "", "short"]).tolist() == [0.0, pytest.approx(81 / 181), 0.0, 0.0]
     assert repeated_shares([]).tolist() == []
     assert flaw_of(f"{once} {once}") == "looping: 45% of the reasoning repeats itself"
 
 
-def test_marks() -> None:
+def test_quality_marks() -> None:
     plain = quality(Trace("p", "x is 3. " * 30, "3"), 0.0)
     checked = quality(Trace("p", "x is 3. Wait, let me check: therefore it holds. " * 30, "3"), 0.0)
     assert plain[:4] == (pytest.approx(90 / 290), 0.0, 0.0, 0.0)
@@ -203,7 +203,7 @@ def test_marks() -> None:
     assert short[1:4] == (pytest.approx(1 / 1.5), pytest.approx(1 / 2), 0.0)
 
 
-def test_thinking_models_reason_at_greater_length_than_a_plain_reply() -> None:
+def test_thinking_has_higher_marks_than_a_plain_reply() -> None:
     def mean(texts: list[str]) -> np.ndarray:
         return np.mean([quality(Trace("p", text, "1"), 0.0) for text in texts], axis=0)
 

@@ -1,4 +1,4 @@
-"""A pool assessed on Ray Data with two workers: the bytes, and the errors, of one process.
+"""Curation on Ray Data with two workers gives the output and the errors of one process.
 
 The workers start in about half a minute on one core.
 """
@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three files of unlike lengths, with copies, evaluation problems, cut thoughts and rows that are no trace."""
+    """Three files of different lengths, with duplicates, evaluation problems, cut reasoning and an invalid row."""
     rng = random.Random(0)
     problems = [problem(rng) for _ in range(300)]
     rows: list[Any] = [
@@ -65,7 +65,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_rows(folder / f"{name}.jsonl", part) for name, part in parts.items()]
 
 
-def test_the_bytes_of_one_process(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
+def test_ray_output_matches_one_process_bitwise(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
     against = pool[0].with_name("against.jsonl")
     one = curate(pool, tmp_path / "one", CurateConfig(size=20, against=[against], seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 40)
@@ -81,24 +81,24 @@ def test_the_bytes_of_one_process(ray: Any, pool: list[Path], tmp_path: Path, mo
 def test_two_workers_share_a_file_and_its_order_is_kept(
     ray: Any, pool: list[Path], tmp_path: Path, monkeypatch
 ) -> None:
-    def first_is_last(trace: Trace) -> float:
-        """The number of the worker. The first trace waits until another worker is two chunks on."""
-        me, until = f"{os.getpid()}.", time.monotonic() + 60
-        (tmp_path / f"{me}{trace.id}").touch()
-        while trace.id == "0" and time.monotonic() < until:
-            if sum(not path.name.startswith(me) for path in tmp_path.iterdir()) > 40:
+    def worker_id(trace: Trace) -> float:
+        """The worker's process id. The first trace waits for another worker to be two chunks ahead."""
+        prefix, deadline = f"{os.getpid()}.", time.monotonic() + 60
+        (tmp_path / f"{prefix}{trace.id}").touch()
+        while trace.id == "0" and time.monotonic() < deadline:
+            if sum(not path.name.startswith(prefix) for path in tmp_path.iterdir()) > 40:
                 break
             time.sleep(0.01)
         return float(os.getpid())
 
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 20)
-    monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
+    monkeypatch.chdir(pool[0].parent)  # workers run in another folder
     name, decontaminator = Pool((pool[0].name,)), Decontaminator([])
-    there = join_parts([*assess_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
-    here = join_parts([*assess_pool(name, Assessor(decontaminator), 1)])
-    assert there.fingerprints.tolist() == here.fingerprints.tolist()
-    assert there.quality[0] not in there.quality[20:40]
-    assert os.getpid() not in there.quality
+    on_ray = join_parts([*assess_on_ray(name, Assessor(decontaminator, quality=worker_id), "auto")])
+    in_process = join_parts([*assess_pool(name, Assessor(decontaminator), 1)])
+    assert on_ray.fingerprints.tolist() == in_process.fingerprints.tolist()
+    assert on_ray.quality[0] not in on_ray.quality[20:40]
+    assert os.getpid() not in on_ray.quality
 
 
 @pytest.mark.parametrize(
@@ -108,22 +108,22 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
         ('{"problem": "?", "reasoning": "It is 7.", "answer": "7", "difficulty": 3}', ValueError, "quality must give"),
     ],
 )
-def test_errors_are_those_of_one_process(
+def test_ray_raises_the_errors_of_one_process(
     ray: Any, pool: list[Path], tmp_path: Path, line: str, error: type, message: str
 ) -> None:
     torn = tmp_path / "torn.jsonl"
     sources = Pool((torn, tmp_path / "absent.jsonl") if error is TraceError else (torn,))
     torn.write_text("".join(pool[0].read_text(encoding="utf-8").splitlines(True)[:20]) + line + "\n")
     assessor = Assessor(Decontaminator([]), quality=lambda trace: float("nan") if trace.difficulty else 1.0)
-    with pytest.raises(error, match=message) as here:
+    with pytest.raises(error, match=message) as in_process:
         list(assess_pool(sources, assessor, 1))
-    with pytest.raises(error) as there:
+    with pytest.raises(error) as on_ray:
         list(assess_on_ray(sources, assessor, "auto"))
-    assert type(there.value) is type(here.value)
-    assert str(there.value) == str(here.value)
+    assert type(on_ray.value) is type(in_process.value)
+    assert str(on_ray.value) == str(in_process.value)
 
 
-def test_a_session_of_its_own_is_closed(ray: Any, tmp_path: Path, monkeypatch) -> None:
+def test_ray_session_opened_by_curate_is_closed(ray: Any, tmp_path: Path, monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(ray, "is_initialized", iter([False]).__next__)
     monkeypatch.setattr(ray.data, "from_items", lambda items: 1 / 0)
@@ -134,7 +134,7 @@ def test_a_session_of_its_own_is_closed(ray: Any, tmp_path: Path, monkeypatch) -
     assert calls == ["host:6379", "closed"]
 
 
-def test_without_ray_it_says_what_to_install(pool: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_missing_ray_and_ray_with_processes_are_refused(pool: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["curate", str(pool[0]), "-o", str(tmp_path), "--ray", "auto"]) == 2
     assert "pip install 'rbfast[ray]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The text loops: the native ones against their definitions, and the definitions against what they promise."""
+"""The text loops: the native code against the Python reference, and the reference against its specification."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def problems() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "typings",
+    "notations",
     [
         ["$\\frac12+1$", "\\(\\dfrac{1}{2} + 1\\)", "\\[\\tfrac {1}{2}+1.\\]"],
         ["Is $a\\leq b$?", "Is a ≤ b?", "is \\(a \\le b\\)"],
@@ -69,7 +69,7 @@ def problems() -> list[str]:
         ["$(x+{1,2})^2$", "$(x+\\{1,2\\})^2$"],
         ["~p | (~q & ~(r))", "¬p | (¬q & ¬(r))", "$\\neg p | (\\lnot q & \\neg(r))$"],
         ["p -> ~~q", "$p -> \\neg\\neg q$"],
-        # What only sets type, or may be only that: the same text is meant more often than not.
+        # Marks that only set type, or may do no more: usually the same text is meant.
         ["It costs $5 now", "It costs \\$5 now", "It costs $5$ now", "It costs 5 now"],
         ["$x_1$", "$x_{1}$", "x1"],
         ["5~cm", "5 cm", "$5\\mathrm{~cm}$"],
@@ -81,9 +81,9 @@ def problems() -> list[str]:
         ["\\text{if a, b}", "if a, b"],
     ],
 )
-def test_typings_of_one_text_have_the_same_tokens(typings: list[str]) -> None:
-    assert len({tuple(tokens_of(typing)) for typing in typings}) == 1
-    assert len(np.unique(text.fingerprints(pack(typings)))) == 1
+def test_notations_of_one_text_have_the_same_tokens(notations: list[str]) -> None:
+    assert len({tuple(tokens_of(notation)) for notation in notations}) == 1
+    assert len(np.unique(text.fingerprints(pack(notations)))) == 1
 
 
 def test_tokens() -> None:
@@ -118,7 +118,7 @@ def test_tokens() -> None:
         ("(~p)", "(p)"),
     ],
 )
-def test_signs_tell_problems_apart(one: str, other: str) -> None:
+def test_different_signs_give_different_tokens(one: str, other: str) -> None:
     assert tokens_of(one) != tokens_of(other)
 
 
@@ -137,7 +137,7 @@ def test_signs_tell_problems_apart(one: str, other: str) -> None:
         ("{1, 2}^{n+1}", "{ 1 2 } ^ ( n + 1 )"),
     ],
 )
-def test_signs(problem: str, expected: str) -> None:
+def test_tokens_of_signs(problem: str, expected: str) -> None:
     assert tokens_of(problem) == expected.split()
 
 
@@ -158,19 +158,19 @@ def test_a_masked_numeral_is_one_token(problem: str, expected: str) -> None:
 
 
 @given(TEXTS, st.integers(1, 6), st.booleans(), st.integers(1, 5))
-def test_native_shingles_are_the_definition(native, texts: list[str], k: int, masked: bool, threads: int) -> None:
+def test_native_shingles_match_the_reference(native, texts: list[str], k: int, masked: bool, threads: int) -> None:
     packed = pack(texts)
     expected = text_reference.shingles(*packed, k, masked, 1)
     assert same(native.shingles(*packed, k, masked, threads), expected)
 
 
-def test_many_braces_are_read_in_time() -> None:
+def test_many_braces_are_read_in_linear_time() -> None:
     start = time.process_time()
     assert len(tokens(r"\frac{1}{2} + " * 20_000)) == 20_000 * 4
-    assert time.process_time() - start < 10  # 0.7 s; a minute if every brace copied what is before it
+    assert time.process_time() - start < 10  # 0.7 s; a minute if every brace copied the text before it
 
 
-def test_native_shingles_are_the_definition_on_real_problems(native, problems: list[str]) -> None:
+def test_native_shingles_match_the_reference_on_real_problems(native, problems: list[str]) -> None:
     packed = pack(problems)
     for k, masked in ((1, True), (5, False), (2**62, False)):
         expected = text_reference.shingles(*packed, k, masked, 1)
@@ -178,9 +178,9 @@ def test_native_shingles_are_the_definition_on_real_problems(native, problems: l
 
 
 def test_hashes_never_change() -> None:
-    """They may be stored: FNV-1a of "a" is its published value, and a shingle's is pinned."""
+    """Hashes may be stored: FNV-1a of "a" and the first value of splitmix64 are the published ones."""
     assert text_reference.hash_token("a") == 0xAF63DC4C8601EC8C
-    assert int(text_reference.mix(np.zeros(1, dtype=np.uint64))[0]) == 0xE220A8397B1DCDAF  # splitmix64's first from 0
+    assert int(text_reference.mix(np.zeros(1, dtype=np.uint64))[0]) == 0xE220A8397B1DCDAF  # splitmix64 from 0
     rows, counts = text.shingles(pack(["a b c", ""]), 5)
     assert rows.lengths.tolist() == [1, 0]
     assert counts.tolist() == [3, 0]
@@ -195,14 +195,14 @@ def as_rows(lists: list[list[int]], dtype: type) -> Ragged:
 
 
 @given(TEXTS, TEXTS, st.integers(1, 3), st.booleans(), st.integers(1, 4))
-def test_native_find_is_the_definition(native, texts, others, k: int, masked: bool, threads: int) -> None:
+def test_native_find_matches_the_reference(native, texts, others, k: int, masked: bool, threads: int) -> None:
     index = np.unique(text.shingles(pack(others + texts[:1]), k, mask_digits=masked)[0].values)
     expected = text_reference.find(*pack(texts), k, masked, index, 1)
     assert same(native.find(*pack(texts), k, masked, index, threads), expected)
 
 
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
-def test_native_containment_is_the_definition(native, lists, random, threads: int) -> None:
+def test_native_containment_matches_the_reference(native, lists, random, threads: int) -> None:
     terms = [sorted(random.sample(range(5), random.randrange(4))) for _ in range(31)]
     postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
     weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
@@ -214,7 +214,7 @@ def test_native_containment_is_the_definition(native, lists, random, threads: in
 
 
 @given(rows_of_numbers, st.integers(1, 4))
-def test_native_minhash_is_the_definition(native, lists, threads: int) -> None:
+def test_native_minhash_matches_the_reference(native, lists, threads: int) -> None:
     rows = as_rows(lists, np.uint64)
     multipliers = text_reference.mix(np.arange(7, dtype=np.uint64)) | np.uint64(1)
     hashes = text_reference.mix(rows.values)
@@ -230,7 +230,7 @@ def test_signatures_estimate_the_jaccard_index() -> None:
 
 
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
-def test_native_facility_location_is_the_definition(native, lists, random, threads: int) -> None:
+def test_native_facility_location_matches_the_reference(native, lists, random, threads: int) -> None:
     rows = as_rows(lists, np.int32)
     values = np.array([random.randrange(4) for _ in rows.values], dtype=np.int32)
     size = random.randrange(len(lists) + 1)
@@ -238,8 +238,8 @@ def test_native_facility_location_is_the_definition(native, lists, random, threa
     assert same(native.facility_location(*arguments, threads), text_reference.facility_location(*arguments, 1))
 
 
-def test_lazy_greedy_is_greedy(problems: list[str]) -> None:
-    """Against the definition of greedy: every gain computed every time, from the whole similarity matrix."""
+def test_lazy_greedy_matches_plain_greedy(problems: list[str]) -> None:
+    """Plain greedy computes every gain at every step, from the whole similarity matrix."""
     vectors, values = text.unit_vectors(pack(problems[:150]))
     dense = np.zeros((150, vectors.values.max() + 1), dtype=np.int64)
     dense[np.repeat(np.arange(150), vectors.lengths), vectors.values] = values
@@ -256,17 +256,17 @@ def test_lazy_greedy_is_greedy(problems: list[str]) -> None:
     assert added.tolist() == gains
 
 
-def test_vectors_have_unit_length_and_leave_out_what_most_texts_have() -> None:
+def test_vectors_have_unit_length_and_omit_words_of_most_texts() -> None:
     vectors, values = text.unit_vectors(pack(["find the cat", "find the dog 1", "find a bird 2", "owl", ""]))
     lengths = np.sqrt(
         np.bincount(np.repeat(np.arange(5), vectors.lengths), weights=values.astype(float) ** 2, minlength=5)
     )
     assert np.allclose(lengths, [2**15] * 4 + [0], rtol=1e-4)
-    assert vectors.lengths.tolist() == [2, 3, 3, 1, 0]  # "find" stands in three of five
+    assert vectors.lengths.tolist() == [2, 3, 3, 1, 0]  # "find" is in three of five texts
 
 
 @pytest.mark.parametrize(
-    ("call", "complaint"),
+    ("call", "message"),
     [
         (lambda m, a: m.shingles(a["bytes"], a["bad"], 5, False, 1), "starts must run from 0 to 4"),
         (lambda m, a: m.shingles(a["bytes"], a["starts"], 0, False, 1), "k must be at least 1, got 0"),
@@ -276,7 +276,7 @@ def test_vectors_have_unit_length_and_leave_out_what_most_texts_have() -> None:
         (lambda m, a: m.facility_location(a["starts"], a["ids"], a["ids"], 2, 1, 1), r"features must lie in \[0, 2\)"),
     ],
 )
-def test_native_checks(native, call, complaint: str) -> None:
+def test_native_functions_check_their_arguments(native, call, message: str) -> None:
     arrays = {
         "bytes": np.frombuffer(b"a bc", dtype=np.uint8),
         "starts": np.array([0, 1, 4]),
@@ -284,14 +284,14 @@ def test_native_checks(native, call, complaint: str) -> None:
         "hashes": np.arange(4, dtype=np.uint64),
         "ids": np.arange(4, dtype=np.int32),
     }
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         call(native, arrays)
     with pytest.raises(TypeError):
         native.shingles(arrays["ids"], arrays["starts"], 5, False, 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "complaint"),
+    ("name", "values", "message"),
     [
         ("ids", [0, 2], r"ids must lie in \[0, 2\)"),
         ("ids", [-1, 0], r"ids must lie in \[0, 2\)"),
@@ -303,7 +303,7 @@ def test_native_checks(native, call, complaint: str) -> None:
         ("own", [1], "own must have one value for each row, or none"),
     ],
 )
-def test_native_containment_checks_what_it_reads(native, name: str, values: list[int], complaint: str) -> None:
+def test_native_containment_checks_its_arguments(native, name: str, values: list[int], message: str) -> None:
     lists = {"ids": [0, 1], "starts": [0, 1, 2], "postings": [0, 0], "posting_starts": [0, 1, 2], "weights": [1, 1]}
     lists |= {"totals": [2], "own": []}
 
@@ -313,26 +313,26 @@ def test_native_containment_checks_what_it_reads(native, name: str, values: list
         return native.containment(*arrays, 0.5, 1)
 
     assert call(lists)[0].tolist() == [0, 0]
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         call(lists | {name: values})
 
 
-def test_of_items_that_share_as_much_the_first_is_reported(native) -> None:
+def test_first_item_is_reported_if_shares_are_equal(native) -> None:
     ids, starts = as_rows([[0, 1]], np.int32)
-    postings, posting_starts = as_rows([[1], [0]], np.int32)  # the second item is met first
+    postings, posting_starts = as_rows([[1], [0]], np.int32)  # the second item comes first in the postings
     ones, twos, none = np.array([1, 1]), np.array([2, 2]), np.array([], dtype=np.int64)
     for module in (native, text_reference):
         best, share = module.containment(ids, starts, postings, posting_starts, ones, twos, none, 0.5, 1)
         assert best.tolist() == [0] and share.tolist() == [0.5]
 
 
-def test_native_facility_location_wants_a_value_for_each_feature(native) -> None:
+def test_native_facility_location_needs_a_value_for_each_feature(native) -> None:
     starts, features = np.array([0, 1, 2]), np.array([0, 1], dtype=np.int32)
     with pytest.raises(ValueError, match="values must have one value for each feature"):
         native.facility_location(starts, features, features[:1].copy(), 2, 1, 1)
 
 
-def test_the_reference_serves_where_nothing_is_built() -> None:
+def test_reference_is_used_if_the_extension_is_not_built() -> None:
     code = (
         "import sys; sys.modules['rbfast._text'] = None\n"
         "from rbfast.curation import text\n"
@@ -342,7 +342,7 @@ def test_the_reference_serves_where_nothing_is_built() -> None:
     assert done.stdout.split() == ["reference", "[2]"], done.stderr
 
 
-def test_a_system_without_another_thread_is_served_by_one(native) -> None:
+def test_one_thread_is_used_if_no_other_can_start(native) -> None:
     code = (
         "import resource\n"
         "from rbfast.curation import text\n"
