@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all: atomic writes, staged files, output checks, folder locks and journals."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from rbfast.utils.files import Journal, atomic_write, check_output, lock_folder, staged_files, write_text
 
 
-def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
+def test_new_file_takes_its_name_only_on_close(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     write_text(path, "é\n")
     assert path.read_bytes() == "é\n".encode()
@@ -19,7 +19,7 @@ def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
         with atomic_write(path) as file:
             file.write(b"later")
             assert path.read_bytes() == "é\n".encode()
-        assert path.read_bytes() == b"later" and reader.read() == "é\n".encode()  # it is another file
+        assert path.read_bytes() == b"later" and reader.read() == "é\n".encode()  # the open file is the old one
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_files_take_their_places_together(tmp_path: Path) -> None:
+def test_staged_files_appear_together(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     with staged_files(folder) as files:
         (files / "first").write_text("1")
@@ -61,9 +61,9 @@ def test_an_error_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "old" / "file").read_text() == "old"
 
 
-def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+def test_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
-    for start in (None, "old"):  # the target may not be there yet
+    for start in (None, "old"):  # the target may not exist yet
         name, link = f"{start}.txt", tmp_path / f"{start}-link"
         if start is not None:
             (tmp_path / "far" / name).write_text(start)
@@ -84,7 +84,7 @@ def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_a_killed_process_left_is_deleted_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+def test_only_temporary_files_of_dead_processes_are_deleted(tmp_path: Path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     for process in (killed.pid, os.getppid()):
@@ -93,7 +93,7 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_running_one_writes_is_
     assert {path.name for path in tmp_path.iterdir()} == {"file[1]", f".file[1].{os.getppid()}.tmp"}
 
 
-def test_half_a_surrogate_pair_is_written_as_json_writes_it(tmp_path: Path) -> None:
+def test_lone_surrogate_is_written_as_a_json_escape(tmp_path: Path) -> None:
     record = {"id": "é\ud800"}  # from a row or a server that escaped it
     write_text(tmp_path / "file", json.dumps(record, ensure_ascii=False))
     journal = Journal(tmp_path / "journal.jsonl")
@@ -114,23 +114,23 @@ def test_a_pipe_or_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_checking_an_output_leaves_nothing(tmp_path: Path) -> None:
+def test_checking_an_output_leaves_no_files(tmp_path: Path) -> None:
     check_output(tmp_path / "a" / "b" / "file")
     check_output(tmp_path / "a" / "b", folder=True)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "folder", "complaint"),
+    ("name", "folder", "message"),
     [
         ("file", True, "file: expected the name of a folder, found a file"),
         ("file/a/b", True, "b: expected a folder at .*file, found a file"),
         ("file/b", False, "b: expected a folder at .*file, found a file"),
     ],
 )
-def test_an_output_under_a_file_is_refused(tmp_path: Path, name: str, folder: bool, complaint: str) -> None:
+def test_an_output_under_a_file_is_refused(tmp_path: Path, name: str, folder: bool, message: str) -> None:
     (tmp_path / "file").write_text("old")
-    with pytest.raises(NotADirectoryError, match=complaint):
+    with pytest.raises(NotADirectoryError, match=message):
         check_output(tmp_path / name, folder=folder)
     assert (tmp_path / "file").read_text() == "old"
 
@@ -142,7 +142,7 @@ def test_a_read_only_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check_output(tmp_path / "file")
 
 
-def test_a_locked_folder_is_gone_unless_something_was_written_into_it(tmp_path: Path) -> None:
+def test_second_lock_is_refused_and_an_unused_folder_is_removed(tmp_path: Path) -> None:
     for name in ("empty", "full"):
         with lock_folder(tmp_path / name), pytest.raises(ValueError, match=f"another process is using .*{name}"):
             if name == "full":
@@ -152,7 +152,7 @@ def test_a_locked_folder_is_gone_unless_something_was_written_into_it(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_an_output_in_a_place_that_refuses_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_on_a_read_only_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(dir: Path) -> None:  # as a read-only file system does
         raise OSError(30, "Read-only file system", f"{dir}/tmp123")
 
@@ -179,7 +179,7 @@ RECORDS = [{"n": 1, "text": "é\n"}, {"n": 2, "of": {"n": [2, {}]}}]
 LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)
 
 
-def test_a_whole_last_line_without_its_line_break_is_kept_and_gone_on_from(tmp_path: Path) -> None:
+def test_whole_last_line_without_a_line_break_is_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     for left in (LINES, LINES[:-1]):
         journal.path.write_bytes(left)
@@ -189,7 +189,7 @@ def test_a_whole_last_line_without_its_line_break_is_kept_and_gone_on_from(tmp_p
         assert [record for _, record in journal.read()] == [*RECORDS, RECORDS[0]]
 
 
-def test_a_record_that_does_not_fit_on_the_disk_leaves_the_others(tmp_path: Path, monkeypatch) -> None:
+def test_failed_append_leaves_the_other_records(tmp_path: Path, monkeypatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -201,11 +201,11 @@ def test_a_record_that_does_not_fit_on_the_disk_leaves_the_others(tmp_path: Path
     assert journal.path.read_bytes() == LINES
 
 
-def test_a_last_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
+def test_last_line_torn_anywhere_is_removed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     first = LINES.index(b"\n") + 1
     for end in range(first, len(LINES) - 1):
-        for padding in (b"", b"\0" * 7):  # what a power cut leaves where the file had grown already
+        for padding in (b"", b"\0" * 7):  # as after a power cut if the file had grown already
             journal.path.write_bytes(LINES[:end] + padding)
             assert [record for _, record in journal.read()] == RECORDS[:1]
             assert journal.path.read_bytes() == LINES[:first]
@@ -214,7 +214,7 @@ def test_a_last_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
         assert list(journal.read()) == [] and journal.path.read_bytes() == b""
 
 
-def test_a_last_line_of_any_length_is_repaired(tmp_path: Path) -> None:
+def test_long_torn_last_line_is_removed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     long = {"text": "é" * 2**21}  # 4 MiB
     first = journal.append([long])
@@ -226,7 +226,7 @@ def test_a_last_line_of_any_length_is_repaired(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["my notes", "[" * 100_000, "{}\nmy notes"])
-def test_a_file_that_is_no_journal_is_named_and_stays(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_journal_is_refused_and_stays(tmp_path: Path, text: str) -> None:
     journal = Journal(tmp_path / "notes.txt")
     journal.path.write_text(text)
     with pytest.raises(ValueError, match=r"notes\.txt:\d: expected a record in JSON"):

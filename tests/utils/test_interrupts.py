@@ -1,4 +1,4 @@
-"""Ctrl-C is counted where it arrives, and left alone elsewhere."""
+"""Ctrl-C is counted in a block of the main thread, unless the program has its own handler."""
 
 import signal
 from collections.abc import Iterator
@@ -22,19 +22,19 @@ def count_one() -> list[int]:
     return seen
 
 
-def test_a_block_counts_and_afterwards_an_interrupt_is_one() -> None:
+def test_interrupts_are_counted_in_the_block_and_raised_after_it() -> None:
     assert count_one() == [signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_program_that_handles_it_itself_goes_on_to_do_so() -> None:
+def test_handler_of_the_program_stays_in_force() -> None:
     handled: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     assert count_one() == [] and handled == [signal.SIGINT]
 
 
-def test_another_thread_than_the_main_one_counts_nothing() -> None:
+def test_block_in_another_thread_counts_nothing() -> None:
     def enter() -> list[int]:
         with counted_interrupts() as seen:
             return seen

@@ -7,7 +7,7 @@ import pytest
 
 from rbfast.utils import memory
 
-# In a process of its own: what others left free would take what is kept here, and with it the holes.
+# In a separate process: the kept objects would go into memory that other tests freed, and leave no holes.
 HOLES = """
 from rbfast.utils import memory
 def resident_mib():
@@ -24,13 +24,13 @@ print(before - resident_mib(), len(kept))
 """
 
 
-def test_what_is_free_between_what_is_kept_is_given_back():
+def test_free_memory_between_kept_objects_is_given_back():
     if memory._malloc_trim() is None:
         pytest.skip("this C library has no malloc_trim")
     run = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
     assert float(run.stdout.split()[0]) > 100
 
 
-def test_where_the_c_library_cannot_nothing_happens(monkeypatch):
+def test_trimming_does_nothing_without_malloc_trim(monkeypatch):
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
     memory.trim_memory()

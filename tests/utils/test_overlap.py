@@ -1,3 +1,5 @@
+"""Overlapping blocks share one change to an object; the last block to end undoes it."""
+
 from contextlib import contextmanager
 
 import pytest
@@ -19,7 +21,7 @@ def changing(log, fails=False):
     return change
 
 
-def test_the_first_block_changes_an_object_and_the_last_to_end_undoes_it():
+def test_first_block_makes_the_change_and_the_last_to_end_undoes_it():
     overlap, log, one, other = Overlap(), [], object(), object()
     first, second = overlap.block(one, changing(log)), overlap.block(one, changing(log))
     first.__enter__()
@@ -31,7 +33,7 @@ def test_the_first_block_changes_an_object_and_the_last_to_end_undoes_it():
     assert log == ["changed", "undone"]
 
 
-def test_a_change_that_fails_is_undone_and_can_be_tried_again():
+def test_failed_change_is_undone_and_can_be_retried():
     overlap, log, one = Overlap(), [], object()
     with pytest.raises(KeyboardInterrupt), overlap.block(one, changing(log, fails=True)):
         pass

@@ -1,4 +1,4 @@
-"""Optional packages: one that is absent says what to install, one that is broken says why it cannot be imported."""
+"""Optional packages: the error says what to install, or why an installed package cannot be imported."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def write_package(folder, name, source):
     (folder / name / "__init__.py").write_text(source)
 
 
-def test_code_that_is_not_built_says_whether_the_sources_were_imported(tmp_path, monkeypatch):
+def test_error_for_unbuilt_code_names_a_source_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "_ROOT", tmp_path)
     monkeypatch.setattr(registry, "_NATIVE", None)
     assert registry.cpu_isa_reason() == "not built: reinstall with a C++ compiler on the PATH"
@@ -23,7 +23,7 @@ def test_code_that_is_not_built_says_whether_the_sources_were_imported(tmp_path,
     assert "`pip install -e .`" in registry.cpu_isa_reason()
 
 
-def test_an_absent_package_says_what_to_install():
+def test_error_for_an_absent_package_says_what_to_install():
     with pytest.raises(ImportError, match=r"^colours need the package no_such_package: pip install 'a\[b\]'$"):
         import_optional("no_such_package.part", "colours", install="'a[b]'")
 
@@ -36,14 +36,14 @@ def test_an_absent_package_says_what_to_install():
         ("raise RuntimeError('built for\\nanother torch')", "RuntimeError: built for another torch"),
     ],
 )
-def test_a_package_that_cannot_be_imported_says_why(source, reason, tmp_path, monkeypatch):
+def test_error_for_a_broken_package_gives_the_reason(source, reason, tmp_path, monkeypatch):
     write_package(tmp_path, "a_broken_package", source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=f"installed but cannot be imported: {reason}"):
         import_optional("a_broken_package", "colours", install="a-broken-package")
 
 
-def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
+def test_error_names_a_missing_dependency_of_reasoning_gym(tmp_path, monkeypatch):
     write_package(tmp_path, "reasoning_gym", "import absent_dependency")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "reasoning_gym", raising=False)
@@ -52,7 +52,7 @@ def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
     assert "pip install" not in str(raised.value)
 
 
-def test_the_grading_process_says_why_it_cannot_start(tmp_path, monkeypatch):
+def test_error_says_why_the_grading_process_cannot_start(tmp_path, monkeypatch):
     write_package(tmp_path, "math_verify", "import absent_dependency")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportError, match=r"cannot be imported: ModuleNotFoundError.*absent_dependency"):
