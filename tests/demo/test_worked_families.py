@@ -1,3 +1,5 @@
+"""The demo's families of problems: verified traces, disjoint splits, correct arithmetic."""
+
 import re
 
 import pytest
@@ -25,12 +27,12 @@ def test_traces_are_verified_distinct_and_deterministic(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_and_held_out_problems_never_meet(family):
+def test_training_and_held_out_problems_are_disjoint(family):
     traces, problems = split(family, train=60, held_out=60, seed=0)
     assert not {trace.problem for trace in traces} & {problem.question for problem in problems}
 
 
-def test_collisions_are_dropped_and_made_up():
+def test_excluded_problems_are_replaced():
     # A generator with few questions: short sums of single digits return, so some drawn questions are excluded.
     drawn = make_traces("chain_sum", 60, seed=0)
     excluded = {trace.problem for trace in drawn[10:20]}
@@ -42,7 +44,7 @@ def test_collisions_are_dropped_and_made_up():
 def test_every_step_of_arithmetic_is_right(family):
     checked = 0
     for trace in make_traces(family, 40, seed=3):
-        # `38+40=78, +7=85` goes on from 78.
+        # `38+40=78, +7=85` continues from 78.
         whole = re.sub(r"(?<==)(-?\d+), (?=[-+]\d+=)", r"\1, \1", trace.reasoning)
         for clause in re.split(r", |: |\n", re.sub(r"\b(?!x\b)[A-Za-z]+\b(?![=*]| =)", "", whole)):
             sides = [side for side in clause.split("=") if re.fullmatch(r"[-+x/() \d]*\d[-+x/() \d]*", side)]
@@ -56,20 +58,20 @@ def test_every_step_of_arithmetic_is_right(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_plan_is_the_strategic_part(family):
+def test_plan_is_labelled_strategic(family):
     trace = make_traces(family, 1, seed=0)[0]
     example = encode(trace, tiny_tokenizer())
     strategic = example.labels[example.roles == STRATEGIC]
     assert trace.plan in tiny_tokenizer().decode(strategic.tolist())
 
 
-def test_letters_are_numbered_only_where_they_hit():
+def test_only_matching_letters_are_numbered():
     trace = next(t for t in make_traces("letter_counting", 30, seed=0) if int(t.answer) > 2)
     letter = re.search(r'letter "(\w)"', trace.problem)[1]
     hits = re.findall(r"(\w)(\d+)\b", trace.reasoning)
     assert hits == [(letter, str(number)) for number in range(1, int(trace.answer) + 1)]
 
 
-def test_unknown_families_are_named():
+def test_unknown_family_is_refused():
     with pytest.raises(ValueError, match=r"family must be one of letter_counting, .* got 'chess'"):
         make_traces("chess", 1, seed=0)
