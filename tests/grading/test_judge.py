@@ -1,4 +1,4 @@
-"""The worker process that compares expressions: every caller gets its own answer."""
+"""The worker process that compares expressions: each question gets its own answer."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ RIGHT, WRONG = ["$1/2$", ["$0.5$"]], ["$1/2$", ["$0.4$"]]
 
 @pytest.mark.parametrize("waits", [0, 1], ids=["as the worker starts", "as it compares"])
 def test_after_an_interrupt_the_next_question_gets_its_own_answer(waits, monkeypatch):
-    """waits: the number of the worker's lines read before Ctrl-C."""
+    """waits: how many lines of the worker are read before Ctrl-C."""
     start = judging._start
 
     def start_and_interrupt(kind):
@@ -76,14 +76,14 @@ def test_a_forked_process_starts_its_own_worker():
         target=lambda: answers.put((judge("math-verify").ask(WRONG), judge("math-verify")._process.pid))
     )
     child.start()
-    verdict, its_worker = answers.get()
+    verdict, child_worker = answers.get()
     child.join()
-    assert verdict is False and its_worker != worker
+    assert verdict is False and child_worker != worker
     assert [shared.ask(question) for question in (RIGHT, WRONG)] == [True, False] and shared._process.pid == worker
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_that_exits_leaves_its_parents_worker_running(monkeypatch):
+def test_exit_of_a_forked_process_leaves_the_parents_worker_running(monkeypatch):
     at_exit = []
     monkeypatch.setattr(judging.atexit, "register", at_exit.append)
     own = judging._judge_of.__wrapped__(os.getpid(), "math-verify")

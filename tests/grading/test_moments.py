@@ -39,7 +39,7 @@ from rbfast.grading.moments import is_moment, same_moment
         ("2 to 1 odds", "2", None),
     ],
 )
-def test_moments(one, other, same):
+def test_same_moment(one, other, same):
     assert same_moment(one, other) is same
     assert same_moment(other, one) is same
 

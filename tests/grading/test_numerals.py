@@ -18,7 +18,7 @@ from rbfast.grading.numerals import parse_numeral, replace_leading_numeral
         ("minus three and three quarters", r"-\frac{15}{4}"),
     ],
 )
-def test_numbers(words, number):
+def test_number_words_are_parsed(words, number):
     assert parse_numeral(words) == number
 
 

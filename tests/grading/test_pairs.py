@@ -1,4 +1,4 @@
-"""Hard pairs of answers by every way in: a file of problems, a teacher's reply, a row, a vote."""
+"""Hard answer pairs, judged in every use: problems of a file, replies of a teacher, rows of a pool and votes."""
 
 import json
 import random
@@ -32,31 +32,31 @@ def write_rows(path, pairs) -> str:
     return str(path)
 
 
-def missed(pairs, verdicts) -> list[tuple[str, str, bool]]:
+def misjudged(pairs, verdicts) -> list[tuple[str, str, bool]]:
     return [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not pair[2]]
 
 
 @pytest.mark.slow
-def test_completions_of_a_file_of_problems(tmp_path):
+def test_completions_for_a_file_of_problems_are_graded(tmp_path):
     problems = load_problems(write_rows(tmp_path / "pairs.jsonl", PAIRS), None, seed=0)
     verdicts = [grade(problem, completion(pair[1])) == 1.0 for problem, pair in zip(problems, PAIRS, strict=True)]
-    assert missed(PAIRS, verdicts) == []
+    assert misjudged(PAIRS, verdicts) == []
 
 
-def test_replies_of_a_teacher(tmp_path):
+def test_replies_of_a_teacher_are_verified(tmp_path):
     questions = read_questions(write_rows(tmp_path / "pairs.jsonl", BARE))
     replies = [
         {"finish_reason": "stop", "text": f"Steps.\n<answer>{written}</answer>", "thinking": "", "key": "k"}
         for _, written, _ in BARE
     ]
     verdicts = [trace_of(q, reply, "teacher").verified for q, reply in zip(questions, replies, strict=True)]
-    assert missed(BARE, verdicts) == []
+    assert misjudged(BARE, verdicts) == []
 
 
-def test_rows_with_a_reference():
+def test_rows_are_verified_by_their_reference():
     traces = [Trace(problem="p", reasoning="Some steps.", answer=written) for _, written, _ in BARE]
     verdicts = [verify_answer(trace, {"reference": pair[0]}) for trace, pair in zip(traces, BARE, strict=True)]
-    assert missed(BARE, verdicts) == []
+    assert misjudged(BARE, verdicts) == []
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_rows_with_a_reference():
         ([r"\boxed{B}", r"\boxed{C. 7}", r"\boxed{B. 12}", r"\boxed{(B) 12}"], "b", 3),
     ],
 )
-def test_votes(answers, winner, votes):
-    found = majority([answer_key(answer) for answer in answers])
-    assert (found.answer, found.votes) == (winner, votes)
+def test_equal_answers_vote_together(answers, winner, votes):
+    vote = majority([answer_key(answer) for answer in answers])
+    assert (vote.answer, vote.votes) == (winner, votes)
 
 
 def test_numbers_vote_without_a_judge(monkeypatch):
-    monkeypatch.setattr("rbfast.grading.math_equality.judge", lambda kind: pytest.fail("asked"))
+    monkeypatch.setattr("rbfast.grading.math_equality.judge", lambda kind: pytest.fail("the judge was asked"))
     keys = [answer_key(rf"\boxed{{{number}}}") for number in (7, 8, "7.0", r"\frac{14}{2}", 9, "7 cats")]
     assert majority(keys) == ("7", 4, 6)
 
@@ -98,7 +98,7 @@ def test_numbers_vote_without_a_judge(monkeypatch):
         (r"\fbox{4}", "4"),
     ],
 )
-def test_boxes(text, answer):
+def test_answer_is_extracted_from_boxes(text, answer):
     assert extract_answer(text) == answer
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("math_verify")
 ROWS = [{"problem": "6 * 7?", "answer": 42}, {"problem": "Half of one?", "answer": r"\frac{1}{2}"}]
 
 
-def test_problems_of_a_json_file(tmp_path):
+def test_problems_are_read_from_a_json_file(tmp_path):
     path = tmp_path / "set.json"
     path.write_text(json.dumps(ROWS))
     assert [(p.question, p.answer) for p in load_problems(str(path), None, seed=0)] == [
@@ -19,7 +19,7 @@ def test_problems_of_a_json_file(tmp_path):
     ]
 
 
-def test_problems_of_a_parquet_file(tmp_path):
+def test_problems_are_read_from_a_parquet_file(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -28,7 +28,7 @@ def test_problems_of_a_parquet_file(tmp_path):
     assert [p.answer for p in load_problems(str(path), None, seed=0)] == ["42", r"\frac{1}{2}"]
 
 
-def test_the_error_names_a_missing_file(tmp_path):
+def test_error_names_the_missing_file(tmp_path):
     for name in ("set.json", "set.parquet"):
         with pytest.raises(FileNotFoundError, match=rf"{name}: expected a file of problems"):
             load_problems(str(tmp_path / name), None, seed=0)
