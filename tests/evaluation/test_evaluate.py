@@ -1,4 +1,4 @@
-"""Evaluations: completions in order, kept when interrupted, and what their scores say, with honest intervals."""
+"""Evaluation: completions in order, resuming after an interrupt, and the statistics of scores with intervals."""
 
 import json
 import random
@@ -37,19 +37,19 @@ def test_evaluate_keeps_order_and_completions():
 @pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "sampled"])
 def test_a_problem_is_asked_with_its_own_system_prompt(tmp_path, temperature):
     model, tokenizer, keep = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
-    rows = [{"problem": "ab", "answer": "1", "system": said} for said in ("Be brief.", "Be long.")]
+    rows = [{"problem": "ab", "answer": "1", "system": system} for system in ("Be brief.", "Be long.")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = load_problems(str(tmp_path / "rows.jsonl"), None, seed=0)
     assert [problem.system for problem in problems] == ["Be brief.", "Be long."]
-    how = {"max_new_tokens": 6, "temperature": temperature}
-    found = evaluate(model, tokenizer, problems, keep=keep, **how)
-    first, second = found
+    options = {"max_new_tokens": 6, "temperature": temperature}
+    results = evaluate(model, tokenizer, problems, keep=keep, **options)
+    first, second = results
     assert first.completion != second.completion
     assert [record["system"] for record in map(json.loads, keep.read_text().splitlines())] == ["Be brief.", "Be long."]
-    for problem, result in zip(problems, found, strict=True):
+    for problem, result in zip(problems, results, strict=True):
         bare, asked = replace(problem, system=None), replace(ANSWER, system=problem.system)
-        assert evaluate(model, tokenizer, [bare], instruction=asked, **how)[0].completion == result.completion
-    assert evaluate(model, tokenizer, problems[1:], keep=keep, **how) == [second]  # read, not written again
+        assert evaluate(model, tokenizer, [bare], instruction=asked, **options)[0].completion == result.completion
+    assert evaluate(model, tokenizer, problems[1:], keep=keep, **options) == [second]  # read from the file
     assert len(keep.read_text().splitlines()) == 2
 
 
@@ -78,7 +78,7 @@ def test_paired_difference_matches_agresti_and_min():
     )
 
 
-def test_intervals_stay_honest_where_every_difference_is_the_same():
+def test_intervals_keep_their_width_if_all_differences_are_equal():
     one = paired_difference([0.0], [1.0])
     assert one.mean == 1.0 and one.low < 0 and one.high == 1.0
     equal = paired_difference([1.0] * 30, [1.0] * 30)
@@ -89,7 +89,7 @@ def test_intervals_stay_honest_where_every_difference_is_the_same():
     assert (all_lost.mean, all_lost.low, all_lost.high) == (-1.0, -1.0, -all_won.low)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     source = random.Random(0)
     gains, shares, n, runs = 0, 0, 40, 2000
     for _ in range(runs):
@@ -98,12 +98,12 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         gain, share = paired_difference(before, after), proportion(after)
         gains += gain.low <= 0.4 <= gain.high
         shares += share.low <= 0.5 <= share.high
-    # Four binomial standard errors below 95%, and not so wide that it covers always.
+    # Four binomial standard errors below 95%, and not so wide as to cover always.
     floor = 0.95 - 4 * (0.95 * 0.05 / runs) ** 0.5
     assert floor < gains / runs < 0.99 and floor < shares / runs < 0.99
 
 
-def test_proportion_is_wilsons():
+def test_proportion_has_the_wilson_interval():
     interval = proportion([1.0] * 3 + [0.0] * 37)
     assert (interval.mean, interval.low, interval.high) == pytest.approx((0.075, 0.02585, 0.19864), abs=5e-5)
     assert proportion([0.0]).high == pytest.approx(0.7935, abs=1e-4) and proportion([0.0]).low == 0.0
@@ -124,7 +124,7 @@ def test_differences_need_matching_scores():
 
 
 def results_of(pattern: dict[str, str]) -> list[Result]:
-    """`{"question": "rwr"}`: right and wrong samples; the wrong ones all say the same."""
+    """`{"question": "rwr"}`: right and wrong samples; all wrong ones have the same answer."""
     return [
         Result(Problem("t", question, "1", {}), Completion(said, 5, False), score, sample)
         for question, letters in pattern.items()
@@ -148,16 +148,16 @@ def test_summary_of_samples():
         summarize_samples([])
 
 
-def test_completions_that_were_cut_before_an_answer_do_not_vote():
+def test_completions_truncated_before_an_answer_do_not_vote():
     problem = Problem("t", "16 + 4?", "20", {})
-    cut = [Result(problem, Completion("16 + 4 = 2", 5, True), 0.0, sample) for sample in range(2)]
+    truncated = [Result(problem, Completion("16 + 4 = 2", 5, True), 0.0, sample) for sample in range(2)]
     right = Result(problem, Completion("<answer>20</answer>", 5, False), 1.0, 2)
-    assert summarize_samples([*cut, right])["majority@3"] == 1.0
-    without = [replace(result, score=1.0) for result in cut]  # right by a grader that needs no marked answer
-    assert summarize_samples(without)["majority@2"] == 0.0
+    assert summarize_samples([*truncated, right])["majority@3"] == 1.0
+    credited = [replace(result, score=1.0) for result in truncated]  # right by a grader that needs no marked answer
+    assert summarize_samples(credited)["majority@2"] == 0.0
 
 
-def test_pass_at_k_is_the_share_of_subsets():
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     for samples, correct, k in [(5, 2, 3), (6, 1, 2), (4, 0, 2), (3, 3, 1), (7, 3, 7)]:
         drawn = list(combinations([1] * correct + [0] * (samples - correct), k))
         assert pass_at_k(samples, correct, k) == pytest.approx(mean(any(draw) for draw in drawn))
@@ -166,22 +166,22 @@ def test_pass_at_k_is_the_share_of_subsets():
             pass_at_k(samples, correct, k)
 
 
-def test_the_clustered_error_is_the_error_of_item_means():
+def test_clustered_error_is_the_error_of_item_means():
     scores = [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     means = [mean(item) for item in scores]
-    found, error = clustered(scores)
-    assert found == pytest.approx(mean(means))
-    assert error == pytest.approx((sum((m - found) ** 2 for m in means)) ** 0.5 / len(means))
+    share, error = clustered(scores)
+    assert share == pytest.approx(mean(means))
+    assert error == pytest.approx((sum((m - share) ** 2 for m in means)) ** 0.5 / len(means))
     assert clustered([[1.0, 1.0, 1.0], [0.0]])[0] == 0.75  # each sample counts once
-    # Samples that all agree say no more than one of them.
+    # Samples that all agree add no information to one of them.
     assert clustered([[1.0] * 9, [0.0] * 9])[1] == pytest.approx(clustered([[1.0], [0.0]])[1])
     for missing in ([], [[1.0], []]):
         with pytest.raises(ValueError, match="every item needs at least one sample"):
             clustered(missing)
 
 
-def test_real_samples_have_the_statistics_that_were_counted():
-    # 15 tasks of 50 items, 3 completions each; a completion is right where its stored score is 0.99 at least.
+def test_statistics_of_real_samples():
+    # 15 tasks of 50 items, 3 completions each; a completion is right if its stored score is at least 0.99.
     items = []
     for path in sorted(data_path("reasoning_gym_claude35").glob("*.json")):
         for item in json.loads(path.read_text())["results"]:
@@ -193,7 +193,7 @@ def test_real_samples_have_the_statistics_that_were_counted():
     assert round(mean(pass_at_k(3, int(sum(item)), 3) for item in items), 3) == 0.679
 
 
-def test_the_bootstrap_agrees_with_theory_and_with_itself():
+def test_bootstrap_agrees_with_theory_and_is_reproducible():
     source = random.Random(1)
     before = [[float(source.random() < 0.4) for _ in range(4)] for _ in range(200)]
     after = [[float(source.random() < 0.6) for _ in range(4)] for _ in range(200)]
@@ -209,7 +209,7 @@ def test_the_bootstrap_agrees_with_theory_and_with_itself():
         paired_bootstrap([[1.0]], [[1.0], [0.0]])
 
 
-def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
+def test_interrupted_evaluation_resumes(tmp_path, monkeypatch):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     problems = [Problem("file", "x" * length, "never", {}) for length in (30, 5, 80, 12)]
     options = {"max_new_tokens": 6, "batch_size": 2, "samples": 2, "temperature": 0.9, "seed": 4}
@@ -225,7 +225,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer, problems, keep=path, progress=stop, **options)
     assert len(path.read_text().splitlines()) == 4
-    path.write_text(path.read_text() + '{"task": "file", "prob')  # cut while it was written
+    path.write_text(path.read_text() + '{"task": "file", "prob')  # torn while it was written
     asked = []
     monkeypatch.setattr(
         "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0
@@ -241,7 +241,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         evaluate(model, tokenizer, problems, keep=path, **options)
 
 
-def test_a_problem_with_some_of_its_samples_is_asked_again(tmp_path):
+def test_problem_with_missing_samples_is_asked_again(tmp_path):
     model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
     problems = [Problem("file", question, "never", {}) for question in ("a", "b")]
     options = {"max_new_tokens": 6, "samples": 2, "temperature": 0.9, "keep": path}
@@ -252,7 +252,7 @@ def test_a_problem_with_some_of_its_samples_is_asked_again(tmp_path):
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_one_sample_is_drawn_too_and_by_the_seed():
+def test_single_sample_is_drawn_by_the_seed():
     model, tokenizer, problems = tiny_model(), tiny_tokenizer(), [Problem("file", "x", "never", {})]
     hot = {"max_new_tokens": 12, "temperature": 5.0}
     drawn = [evaluate(model, tokenizer, problems, seed=seed, **hot)[0].completion.text for seed in (1, 1, 2)]
@@ -266,7 +266,7 @@ def test_only_the_likeliest_tokens_are_drawn_if_top_p_is_small():
     assert drawn[0].completion == greedy[0].completion
 
 
-def test_all_samples_are_written_though_the_vote_is_decided(monkeypatch):
+def test_all_samples_are_drawn_even_if_the_vote_is_decided(monkeypatch):
     """pass@k counts every sample."""
     asked = []
     monkeypatch.setattr(
@@ -278,14 +278,14 @@ def test_all_samples_are_written_though_the_vote_is_decided(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"), [({"samples": 0}, "samples must be at least 1, got 0"), ({"top_p": 0.0}, "top_p in")]
+    ("options", "message"), [({"samples": 0}, "samples must be at least 1, got 0"), ({"top_p": 0.0}, "top_p in")]
 )
-def test_decoding_out_of_range_is_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_decoding_option_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         evaluate(tiny_model(), tiny_tokenizer(), [Problem("file", "x", "never", {})], **options)
 
 
-def test_kept_completions_are_graded_again_by_a_corrected_answer(tmp_path, monkeypatch):
+def test_kept_completions_are_graded_again_if_an_answer_is_corrected(tmp_path, monkeypatch):
     model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
     monkeypatch.setattr(
         "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: float(problem.answer == "right")
@@ -304,14 +304,14 @@ def test_kept_completions_are_graded_again_by_a_corrected_answer(tmp_path, monke
     assert evaluate(model, tokenizer, problems, max_new_tokens=3, keep=path) == after and path.read_bytes() == kept
 
 
-def test_a_guide_may_write_the_completions():
+def test_evaluation_may_use_a_guide():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     guide = Guide(Limits(90, reserve=70), Phrases(close="<answer>", finish="</answer>"))
     [result] = evaluate(model, tokenizer, [Problem("file", "x", "never", {})], guide=guide)
     assert result.completion.tokens <= 90 and "<answer>" in result.completion.text
 
 
-def test_what_a_guide_put_in_is_recorded(tmp_path):
+def test_interventions_of_a_guide_are_recorded(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     guide = Guide(Limits(90, reserve=70), Phrases(close="<answer>", finish="</answer>"))
     problems, path = [Problem("file", "x", "never", {})], tmp_path / "results.jsonl"

@@ -1,4 +1,4 @@
-"""Grading: which answer a text states, and whether it is right, as a person would say."""
+"""Grading: which answer a text states, and whether it is right, as a person would judge."""
 
 import json
 import random
@@ -38,7 +38,7 @@ from rbfast.grading.tasks import load_problems
         ("#### B\n\nDone.", "B"),
         ("#### 12 apples\nI hope this helps!", "12 apples"),
         ("#### 42 \r\nDone.\r\n", "42"),
-        ("so\n#### 7\n" + "The answer is 7. " * 3000 + "\n\nDone.", "7"),  # in no time
+        ("so\n#### 7\n" + "The answer is 7. " * 3000 + "\n\nDone.", "7"),  # must not be slow
         ("#### Result #### 7", "7"),
         ("#### Result #### 7\nDone.", "7"),
         ("#### \\frac{1}{2} + 3 apples \nDone.", "\\frac{1}{2} + 3 apples"),
@@ -76,7 +76,7 @@ def test_parts_are_shown_without_their_tags(part, shown):
         "<think>\nhmm\n</think>\n\\boxed{}",
     ],
 )
-def test_an_answer_left_empty_is_none(text):
+def test_empty_answer_is_not_an_answer(text):
     assert answer_key(text) is None
     assert grade(plain("I have to stop here."), text) == 0.0
 
@@ -115,7 +115,7 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("42", "The answer is 42. I am sure.", 1.0),
         ("42", "答案是：42。", 1.0),
         ("18", "So she makes 9*2=<<9*2=18>>18 dollars.", 1.0),
-        # a calculation, and what is said of its value
+        # a calculation, and words after its value
         ("30", "Tammy caught the ball 42 / 3 + 16 = 14 + 16 = 30 times.", 1.0),
         ("44", "Thus, it will take 20+24=44 days for all of them to leave the pond.", 1.0),
         ("4", "Bert was able to earn $144 \u2013 $140 = $4 more than Tory.", 1.0),
@@ -135,7 +135,7 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("8", "Tom and 8 others came.", 0.0),
         ("100", "I am 100% sure.", 0.0),
         ("5", "It never has 5 legs.", 0.0),
-        # a sign that may be no factorial
+        # an exclamation mark that may not be a factorial
         ("42", "The answer is 42!", 1.0),
         ("42", "The answer is **42!**", 1.0),
         ("120", "The answer is 5!", 1.0),
@@ -155,7 +155,7 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("42000000", "That makes **42** million.", 1.0),
         ("0.42", "Hence the probability is **42**%.", 1.0),
         ("A", "Option **A** is wrong.", 0.0),
-        # below the phrase
+        # an answer below its phrase
         ("42", "The final answer is:\n\n$$\n42\n$$", 1.0),
         ("42", "The answer is:\n\\[\n40 + 2 = 42\n\\]\nDone.", 1.0),
         ("42", "**Answer:**\n```\n42\n```", 1.0),
@@ -187,7 +187,7 @@ def test_final_statements_are_read_as_a_person_would(answer, text, score):
         ("answer: 4, as one", 0.0),
     ],
 )
-def test_what_the_limit_cut_is_no_answer(text, score):
+def test_truncated_text_counts_only_with_a_finished_answer(text, score):
     assert grade(plain("4"), text, truncated=True) == score
     assert grade(plain("5"), text, truncated=True) == 0.0
 
@@ -201,7 +201,7 @@ def test_every_answer_key_passes_its_own_verifier():
             assert grade(problem, "I can not tell.") < 1.0
 
 
-def test_the_tasks_own_verifier_decides():
+def test_own_verifier_of_a_task_decides():
     # Any palindrome of the letters is right, whatever the key says.
     pytest.importorskip("reasoning_gym")
     problem = load_problems("palindrome_generation", 1, seed=5)[0]
@@ -211,7 +211,7 @@ def test_the_tasks_own_verifier_decides():
     assert other != problem.answer and grade(problem, f"<answer>{other}</answer>") == 1.0
 
 
-def test_a_number_with_zeros_after_the_point_is_the_number():
+def test_zeros_after_the_point_do_not_change_a_number():
     pytest.importorskip("reasoning_gym")
     problem = load_problems("simple_geometry", 1, seed=0)[0]
     assert grade(problem, f"So the answer is {problem.answer}.0°.") == 1.0
@@ -290,7 +290,7 @@ def test_real_answers_are_graded_as_people_grade_them(name):
         (r"\frac{14}{3}", "", False),
     ],
 )
-def test_equal_mathematics(answer, statement, same):
+def test_mathematical_equality(answer, statement, same):
     pytest.importorskip("math_verify")
     assert equal(answer, statement) is same
 
@@ -312,7 +312,7 @@ def test_numbers_and_words_need_no_math_verify(monkeypatch, tmp_path, caplog):
         equal(r"\sqrt{2}", r"2/\sqrt{2}")
 
 
-def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
+def test_answer_that_hangs_the_grader_is_wrong_and_the_next_is_graded():
     pytest.importorskip("math_verify")
     judge = Judge("math-verify")
     try:
@@ -344,7 +344,7 @@ def test_after_a_timeout_nothing_more_is_compared(monkeypatch):
         "(" * 100 + "x" + ")" * 100,
     ],
 )
-def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
+def test_answer_that_cannot_be_computed_is_wrong_at_once(answer):
     pytest.importorskip("math_verify")
     shared = judge("math-verify")
     killed = shared.killed
@@ -374,22 +374,22 @@ def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
     ],
     ids=lambda text: f"{text[:9]}",
 )
-def test_the_completion_of_a_looping_model_is_graded_at_once(text):
+def test_completion_of_a_looping_model_is_graded_at_once(text):
     start = time.process_time()
     assert grade(plain("42"), text) == 0.0 and known_answer(text) and final_answer(text) != ""
-    assert time.process_time() - start < 5  # a pattern that starts anew at every character takes minutes
+    assert time.process_time() - start < 5  # a pattern that restarts at every character takes minutes
 
 
 @pytest.mark.parametrize("answer", [r"5\text{ab}" + r"\text{ab}" * 40 + "1", "^(" + " \n" * 490 + "1"])
 def test_a_short_answer_is_graded_at_once(answer):
     start = time.process_time()
     assert not equal("7", answer)
-    assert time.process_time() - start < 1  # each word doubled the time; each space of a run was tried with each
+    assert time.process_time() - start < 1  # once, each word doubled the time, and a run of spaces was quadratic
 
 
 @pytest.mark.slow
-def test_an_answer_that_hangs_a_tasks_own_verifier_is_wrong_and_the_next_one_is_graded(monkeypatch):
-    # Countdown evaluates what it is given: in this process no time limit could end it.
+def test_answer_that_hangs_a_tasks_verifier_is_wrong_and_the_next_graded(monkeypatch):
+    # Countdown evaluates the answer as code: in this process no time limit could end it.
     pytest.importorskip("reasoning_gym")
     [problem] = load_problems("countdown", 1, seed=0)
     own = Judge("reasoning-gym")

@@ -1,4 +1,4 @@
-"""Where problems come from: generators, files, benchmarks and the hub."""
+"""Loading problems from generators, files, benchmarks and the hub."""
 
 import json
 import subprocess
@@ -28,21 +28,21 @@ def test_generated_problems_are_distinct_and_the_same_in_every_process():
         assert json.loads(output.stdout.splitlines()[-1]) == here
 
 
-def test_neighbouring_seeds_share_nothing():
+def test_neighbouring_seeds_share_no_problems():
     # The generators seed item i with seed + i: unspread, seeds 0 and 1 would share all items but one.
     pytest.importorskip("reasoning_gym")
     questions = [{problem.question for problem in load_problems("leg_counting", 40, seed=seed)} for seed in range(4)]
     assert len(set.union(*questions)) == 160
 
 
-def test_excluded_questions_are_replaced_not_missed():
+def test_excluded_questions_are_replaced():
     pytest.importorskip("reasoning_gym")
     first = load_problems("chain_sum", 10, seed=0)
     rest = load_problems("chain_sum", 10, seed=0, exclude={problem.question for problem in first[:4]})
     assert rest[:6] == first[4:] and len(rest) == 10
 
 
-def test_unknown_tasks_and_impossible_numbers_are_refused():
+def test_unknown_task_and_negative_count_are_refused():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match="reasoning-gym's generators, got 'leg_countin'"):
         load_problems("leg_countin", 3, seed=0)
@@ -50,7 +50,7 @@ def test_unknown_tasks_and_impossible_numbers_are_refused():
         load_problems("leg_counting", -1, seed=0)
 
 
-def test_problems_of_a_file(tmp_path):
+def test_problems_are_read_from_a_file(tmp_path):
     path = tmp_path / "set.jsonl"
     rows = [{"problem": f"p{i}", "answer": str(i)} for i in range(9)] + [
         {"question": "q", "answer": "6*7 steps\n#### 42"}
@@ -66,7 +66,7 @@ def test_problems_of_a_file(tmp_path):
     assert load_problems(str(path), 4, seed=1, fewer=True) == load_problems(str(path), 4, seed=1)
 
 
-def test_a_file_of_another_kind_is_no_dataset_on_the_hub(tmp_path):
+def test_unsupported_file_is_not_taken_for_a_hub_dataset(tmp_path):
     path = tmp_path / "set.xlsx"
     path.write_text("problem,answer\np,1\n")
     with pytest.raises(ValueError, match=r"set\.xlsx: expected a \.jsonl, \.json, \.parq"):
@@ -82,7 +82,7 @@ def test_a_file_of_another_kind_is_no_dataset_on_the_hub(tmp_path):
         ('{"problem": "p", "answer": null}', r"set\.jsonl:2: answer: expected text or a number, got None"),
     ],
 )
-def test_malformed_lines_are_named(tmp_path, line, message):
+def test_error_names_the_malformed_line(tmp_path, line, message):
     path = tmp_path / "set.jsonl"
     path.write_text('{"problem": "p", "answer": "1"}\n' + line)
     with pytest.raises(ValueError, match=message):
@@ -92,14 +92,14 @@ def test_malformed_lines_are_named(tmp_path, line, message):
 # ----------------------------------------------------------------------------------------------------- files, the hub
 
 
-def test_files_in_another_encoding_are_named(tmp_path):
+def test_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_bytes('{"problem": "caf\u00e9", "answer": "1"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"set\.jsonl:1: expected UTF-8, got byte 0xe9"):
         load_problems(str(path), 1, seed=0)
 
 
-def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
+def test_benchmark_or_hub_id_selects_a_dataset_and_a_split(monkeypatch):
     import datasets
 
     asked = []
@@ -138,7 +138,7 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
 @pytest.mark.parametrize(
     "task", ["owner/name:", "owner/name::test", "owner/name:main:", "owner/name:a:b:c", "owner/name:test[", ":main:o/n"]
 )
-def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypatch, task):
+def test_malformed_hub_id_is_refused_before_the_hub_is_asked(monkeypatch, task):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: pytest.fail("asked the hub"))
@@ -147,7 +147,7 @@ def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypat
         load_problems(task, 1, seed=0)
 
 
-def test_a_dataset_that_needs_a_config_says_how_to_name_it(monkeypatch):
+def test_error_for_a_missing_config_says_how_to_name_it(monkeypatch):
     import datasets
 
     def load_dataset(name, config, split, streaming):
@@ -180,7 +180,7 @@ def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row
     assert [grade(problem, f"\\boxed{{{answer}}}") for answer in ("25", "025", "26")] == [1.0, 1.0, 0.0]
 
 
-def test_the_real_benchmarks_are_read():
+def test_real_benchmarks_are_read():
     math500 = load_problems(str(data_path("math500/math500_test.jsonl")), None, seed=0)
     assert len(math500) == 500
     for year, first in (("24", "204"), ("25", "70")):
