@@ -1,3 +1,5 @@
+"""The plots of a report: complete and reproducible pictures, and what each one draws."""
+
 import matplotlib.image
 import pytest
 
@@ -21,7 +23,7 @@ DRAW = [(plots.plot_losses, LOGS), (plots.plot_placement, MODULES), (plots.plot_
 
 
 @pytest.mark.parametrize(("draw", "data"), DRAW)
-def test_pictures_are_written_whole(draw, data, tmp_path):
+def test_pictures_are_written_completely(draw, data, tmp_path):
     draw(data, tmp_path / "picture.png")
     picture = matplotlib.image.imread(tmp_path / "picture.png")
     assert picture.shape[0] > 300 and picture.shape[1] > 400 and picture[..., :3].std() > 0.01
@@ -29,7 +31,7 @@ def test_pictures_are_written_whole(draw, data, tmp_path):
 
 
 @pytest.mark.parametrize(("draw", "data"), DRAW)
-def test_pictures_are_the_same_every_time(draw, data, tmp_path):
+def test_pictures_are_reproducible(draw, data, tmp_path):
     draw(data, tmp_path / "one.png")
     draw(data, tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
@@ -50,13 +52,13 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_losses_of_a_short_run_are_seen_at_whole_steps(steps):
+def test_losses_of_a_short_run_have_ticks_at_whole_steps(steps):
     axes = plots.draw_losses([{"step": step, "loss_tactical": 1.0} for step in range(1, steps + 1)]).axes[0]
     assert all(tick == round(tick) for tick in axes.get_xticks())
     assert axes.lines[-1].get_marker() == ("o" if steps == 1 else "None")
 
 
-def test_losses_of_held_out_traces_are_dashed_beside_those_of_the_training():
+def test_losses_of_held_out_traces_are_dashed_beside_training_losses():
     logs = [{"step": step, "eval_loss": 1.0, "eval_loss_tactical": 3.0 - step} for step in (0, 2)]
     axes = plots.draw_losses([*logs[:1], {"step": 1, "loss_tactical": 2.0}, *logs[1:]]).axes[0]
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
@@ -64,20 +66,20 @@ def test_losses_of_held_out_traces_are_dashed_beside_those_of_the_training():
     assert dashed[0].get_xydata().tolist() == [[0, 3], [2, 1]] and len(axes.lines) == 3
 
 
-def test_a_running_mean_is_of_as_many_steps_before_as_behind():
+def test_running_mean_is_centred():
     log = [{"step": step, "loss_answer": 5.0 * (step == 30)} for step in range(61)]
     _, smooth = plots.draw_losses(log).axes[0].lines
     assert {step: loss for step, loss in smooth.get_xydata().tolist() if loss} == dict.fromkeys(range(28, 33), 1.0)
 
 
-def test_columns_are_drawn_in_percent_layer_by_layer():
+def test_columns_are_drawn_in_percent_by_layer():
     matrix = {"columns": 16, "in": 64, "values": 100}
     figure = plots.draw_placement({"layers.8.up": matrix | {"columns": 0}, "layers.1.up": matrix})
     [image] = [image for axes in figure.axes for image in axes.images]
     assert image.get_array().tolist() == [[25], [0]]
 
 
-def test_scores_are_drawn_where_there_are_some():
+def test_only_scores_above_zero_are_drawn():
     figure = plots.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
     drawn = figure.axes[0].images[0].get_array()
     assert drawn.shape == (12, 2) and drawn.mask.sum() == 1  # the first score is 0
@@ -94,7 +96,7 @@ def test_budgets_are_drawn_for_each_side():
         plots.draw_budgets({"before": {}})
 
 
-def test_the_legend_covers_no_gain():
+def test_legend_does_not_cover_the_gains():
     solved = {"before": 0.9, "after": 1.0, "ci_low": 0.0, "ci_high": 0.2, "n": 40}
     figure = plots.draw_accuracy([solved | {"family": name} for name in "abc"])
     plots.FigureCanvasAgg(figure).draw()
@@ -104,7 +106,7 @@ def test_the_legend_covers_no_gain():
     assert not any(legend.get_window_extent().overlaps(gain) for legend in legends for gain in gains)
 
 
-def test_names_are_drawn_as_they_stand():
+def test_plot_labels_are_escaped_and_shortened():
     assert plots.plot_label("a\n$x$ \ud83d") == r"a \$x\$ ?"
     assert len(plots.plot_label("x" * 100)) == 60
 
@@ -114,7 +116,7 @@ def test_modules_are_placed_by_their_first_number():
     assert plots._layer_and_kind("head") == (-1, "head")
 
 
-def test_nothing_to_draw_is_said():
+def test_empty_data_is_refused():
     with pytest.raises(ValueError, match=r"expected loss_strategic, .* in 1 log records, got none"):
         plots.plot_losses([{"step": 1, "loss": 2.0}], "never.png")
     with pytest.raises(ValueError, match="at least one module"):

@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, what it says is missing, what it escapes, and how a browser draws it."""
+"""The report of a run: its contents, missing parts, escaping, and how a browser draws it."""
 
 import html
 import json
@@ -55,10 +55,10 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
-# ------------------------------------------------------------------------------------------------------- what it shows
+# ------------------------------------------------------------------------------------------------------------ contents
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_report_of_a_whole_run(tmp_path: Path) -> None:
     page = Page(page_of(write_run(tmp_path / "first")))
     gain = paired_difference([1, *[0] * 7] * 2, [*[1] * 6, 0, 0] * 2)
     for expected in (
@@ -83,7 +83,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert len([value for name, value in page.attributes if name == "src"]) == 5
 
 
-def test_every_reference_stays_inside_the_page(tmp_path: Path) -> None:
+def test_page_has_no_external_references(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("first", "second")]
     page = Page(page_of(*runs))
     assert "script" not in page.tags
@@ -92,7 +92,7 @@ def test_every_reference_stays_inside_the_page(tmp_path: Path) -> None:
     assert "url(" not in page.text and "@import" not in page.text
 
 
-def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
+def test_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "first")
     assert page_of(run) == page_of(run)
 
@@ -117,14 +117,14 @@ def test_several_runs_are_compared_at_the_top(tmp_path: Path) -> None:
         ("/home/somebody/models/tiny", "tiny"),
     ],
 )
-def test_the_base_model_has_the_name_that_others_know_it_by(recorded: str, shown: str, tmp_path: Path) -> None:
+def test_base_model_is_shown_by_its_public_name(recorded: str, shown: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"base_model": recorded, "traces": 3, "density": 0.003}))
     assert f"at most 0.3% of {shown}'s parameters" in Page(page_of(folder)).text
 
 
-def test_missing_parts_are_said(tmp_path: Path) -> None:
+def test_missing_parts_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"base_model": "tiny", "traces": 3, "density": 0.003}))
@@ -147,7 +147,7 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     assert "Nothing was measured before the training" in page.text and "75.0% (" in page.text
 
 
-def test_two_families_are_counted_together_too(tmp_path: Path) -> None:
+def test_two_families_are_also_counted_together(tmp_path: Path) -> None:
     assert '<td>all</td><td class="n">16</td>' in page_of(write_run(tmp_path / "run"))
 
 
@@ -161,7 +161,7 @@ def test_only_shared_problems_are_compared() -> None:
     assert apart.after and (apart.n, apart.before, apart.gain, apart.after.mean) == (2, None, None, 0.5)
 
 
-def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
+def test_measurements_at_several_limits_form_one_curve(tmp_path: Path) -> None:
     def limited(limit: int) -> dict[str, Any]:
         return {"decoding": {"max_new_tokens": limit, "guide": None}}
 
@@ -185,7 +185,7 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
     assert "a separate evaluation" in page.text and "at most 128 tokens" in page.text
 
 
-def test_a_guided_evaluation_is_a_measurement_of_its_own(tmp_path: Path) -> None:
+def test_guided_evaluation_is_a_separate_measurement(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     problem = Problem("legs", "How many legs?", "4", {})
     guide = Guide(Limits(150, reserve=140), Phrases(close="</think>"))
@@ -218,12 +218,12 @@ def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
     assert "at most 64 tokens, 2 samples at temperature 0.8" in Page(page_of(run)).text
 
 
-def test_the_measurement_that_is_reported_first_has_both_sides_and_then_the_highest_limit(tmp_path: Path) -> None:
+def test_main_measurement_has_both_sides_then_the_highest_limit(tmp_path: Path) -> None:
     def measured(solved: int, limit: int) -> str:
         return lines(results(solved, decoding={"max_new_tokens": limit, "samples": 1, "temperature": 0.0}))
 
     before = measured(1, 64) + measured(1, 96)
-    after = measured(6, 64) + measured(6, 96) + measured(6, 128)  # which was not measured before
+    after = measured(6, 64) + measured(6, 96) + measured(6, 128)  # 128 was not measured before
     first = main_measurement(read_run(write_run(tmp_path / "run", **{"before.jsonl": before, "after.jsonl": after})))
     assert first is not None and first.limit == 96
 
@@ -234,7 +234,7 @@ def test_a_single_sample_at_a_temperature_is_not_greedy(tmp_path: Path) -> None:
     assert "1 sample at temperature 0.8" in [measured.drawn for measured in measurements]
 
 
-def test_examples_say_which_completions_were_cut_and_two_are_open(tmp_path: Path) -> None:
+def test_examples_mark_cut_completions_and_two_are_open(tmp_path: Path) -> None:
     after = lines(results(6, truncated=True))
     page = page_of(write_run(tmp_path / "run", **{"after.jsonl": after}))
     assert re.search(r"after: right, [\d,]+ tokens, cut at the limit<", page)
@@ -242,14 +242,14 @@ def test_examples_say_which_completions_were_cut_and_two_are_open(tmp_path: Path
     assert page.count("<details open>") == 2 < page.count("<details>")
 
 
-def test_the_time_of_a_run_that_resumed_is_said_to_be_that_since_then(tmp_path: Path) -> None:
+def test_time_of_a_resumed_run_is_marked_as_partial(tmp_path: Path) -> None:
     for resumed in (True, False):
         settings = json.dumps(SETTINGS | {"resumed": resumed})
         page = page_of(write_run(tmp_path / str(resumed), **{"run.json": settings}))
         assert (", since it was resumed" in page) == resumed
 
 
-def test_a_limit_that_is_not_recorded_is_that_of_the_longest_completion_that_was_cut(tmp_path: Path) -> None:
+def test_unrecorded_limit_is_the_length_of_the_longest_cut_completion(tmp_path: Path) -> None:
     completions = [*results(6), record(70, False, truncated=True, tokens=45)]  # whole ones have up to 47 tokens
     [measured] = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines(completions)})).measurements
     assert measured.limit == 45
@@ -262,11 +262,11 @@ def test_a_short_run_shows_its_last_loss_and_its_seconds(tmp_path: Path) -> None
     assert "answer1.0000" in page.text and "training90\u00a0seconds" in page.text
 
 
-def test_traces_that_were_left_out_are_all_listed_if_they_are_few(tmp_path: Path) -> None:
-    for count, said in ((20, False), (21, True)):
+def test_list_of_left_out_traces_is_shortened_to_20(tmp_path: Path) -> None:
+    for count, is_shortened in ((20, False), (21, True)):
         skipped = lines([{"problem": "p", "reason": "too long"}] * count)
         page = Page(page_of(write_run(tmp_path / str(count), **{"skipped.jsonl": skipped})))
-        assert (f"The first 20 of {count}" in page.text) == said
+        assert (f"The first 20 of {count}" in page.text) == is_shortened
 
 
 def test_scores_that_are_all_zero_are_not_drawn(tmp_path: Path) -> None:
@@ -275,13 +275,13 @@ def test_scores_that_are_all_zero_are_not_drawn(tmp_path: Path) -> None:
     assert "Score of the trained columns" not in page_of(write_run(tmp_path / "run", **{"adapter_config.json": config}))
 
 
-def test_budgets_reach_the_limit_though_no_completion_does(tmp_path: Path) -> None:
+def test_budgets_reach_the_limit_even_if_no_completion_does(tmp_path: Path) -> None:
     after = results(6, decoding={"max_new_tokens": 200})
     run = read_run(write_run(tmp_path / "run", **{"before.jsonl": lines(after), "after.jsonl": lines(after)}))
     assert max(accuracy._within_budgets(run.measurements[0])["after"]) == 200
 
 
-def test_one_limit_is_counted_within(tmp_path: Path) -> None:
+def test_budgets_within_one_limit_form_a_curve(tmp_path: Path) -> None:
     cut = record(70, False, truncated=True, tokens=100)
     run = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines([*results(6), cut])}))
     [measured] = run.measurements
@@ -294,7 +294,7 @@ def test_one_limit_is_counted_within(tmp_path: Path) -> None:
     assert shares == sorted(shares)
 
 
-def test_examples_show_what_was_gained_first_and_what_was_lost(tmp_path: Path) -> None:
+def test_examples_show_gains_first_then_losses(tmp_path: Path) -> None:
     verdicts = [(True, True), (False, False), (True, False), (False, True)]
     run = read_run(
         write_run(
@@ -346,11 +346,11 @@ def test_completions_keep_their_text_and_show_interventions() -> None:
     assert examples._colour_roles(record(0, True, completion="")) == ""
 
 
-# ------------------------------------------------------------------------------------------------- what it is given
+# ----------------------------------------------------------------------------------------------------------- inputs
 
 
 def nasty_run(folder: Path) -> Path:
-    """A run in which every text that comes from elsewhere is hostile."""
+    """A run in which every text from outside is hostile."""
     nasty = [
         record(number, number > solved, NASTY, problem=f"{NASTY} {number}", completion=NASTY * 3, answer=NASTY)
         for solved in (6, 1)
@@ -381,13 +381,13 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     own |= {"h2", "table", "tr", "th", "td", "img", "details", "summary", "pre", "del", "footer"}
     assert page.tags == own
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    # as many times as hostile texts are shown; half a pair is no character, so it is drawn as a question mark
+    # hostile texts are shown as text; a lone surrogate becomes a question mark
     assert page.text.count(NASTY.replace("\ud83d", "?")) > 20
     assert escape("<\"'&") == "&lt;&quot;&#x27;&amp;"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("name", "content", "message"),
     [
         ("run.json", "{", r"run\.json, column 2: expected JSON"),
         ("run.json", "[]", r"run\.json: expected dict, got list"),
@@ -406,25 +406,25 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
         ("after.jsonl", lines([record(0, True, decoding={})]), r"after\.jsonl:1: decoding: max_new_tokens is missing"),
     ],
 )
-def test_broken_files_are_named_and_nothing_is_written(tmp_path: Path, name: str, content: str, complaint: str) -> None:
+def test_broken_file_is_named_and_nothing_is_written(tmp_path: Path, name: str, content: str, message: str) -> None:
     run = write_run(tmp_path / "run", **{name: content})
     out = tmp_path / "report.html"
     out.write_text("old")
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         write_report([run], out)
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 
 
-def test_what_is_no_completion_is_passed_over(tmp_path: Path) -> None:
+def test_files_and_lines_without_completions_are_ignored(tmp_path: Path) -> None:
     unfinished = lines(results(6)) + '{"task": "legs", "prob'
     traces = {"traces.jsonl": lines([{"problem": "p"}]), "list.jsonl": "[1]\n", "empty.jsonl": ""}
-    traces["pairs.jsonl"] = lines([{"prompt": "p", "completion": "c"}])  # a shape of traces too
+    traces["pairs.jsonl"] = lines([{"prompt": "p", "completion": "c"}])  # a format of traces too
     [measured] = read_run(write_run(tmp_path / "run", **{"after.jsonl": unfinished}, **traces)).measurements
     assert len(measured.after) == 16
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "new" / "report.html"
     assert main(["report", str(run), "-o", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out)}
@@ -435,7 +435,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         write_report([], out)
 
 
-def test_numbers_stand_to_the_right() -> None:
+def test_numbers_are_right_aligned() -> None:
     cells = table(("name", "n", "share", "gain", "note"), [("a", 1234, "5.0%", "+5.0 (+1.0 .. +9.0)", None)])
     assert '<td class="n">1,234</td><td class="n">5.0%</td><td class="n">+5.0 (+1.0 .. +9.0)</td><td></td>' in cells
     assert "<td>a</td>" in cells and '<th class="n">share</th>' in cells
@@ -445,7 +445,7 @@ def test_numbers_stand_to_the_right() -> None:
 # ------------------------------------------------------------------------------------------------------- in a browser
 
 
-# The page is drawn in two frames, as wide as a phone and as a desk: a browser's window is never as narrow as a phone.
+# The page is drawn in two frames, as wide as a phone and a desktop: a browser's window is never as narrow as a phone.
 _HARNESS = """<!DOCTYPE html><meta charset="utf-8"><body>
 <iframe width="375" height="800" srcdoc="{page}"></iframe><iframe width="1280" height="800" srcdoc="{page}"></iframe>
 <script>
@@ -492,7 +492,7 @@ def draw(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_page(tmp_path: Path, draw: Any) -> None:
+def test_browser_draws_the_page(tmp_path: Path, draw: Any) -> None:
     runs = [write_run(tmp_path / "first"), nasty_run(tmp_path / "second")]
     frames, console = draw(page_of(*runs))
     assert console == []
@@ -505,7 +505,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, draw: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_browser_would_see_what_is_wrong(draw: Any) -> None:
+def test_browser_check_detects_faults(draw: Any) -> None:
     page = '<!DOCTYPE html><div style="width:500px">wide</div><img src="http://nowhere.invalid/x.png">'
     frames, console = draw(f"{page}<script>missing()</script>")
     assert [frame["needed"] > frame["room"] for frame in frames] == [True, False]
