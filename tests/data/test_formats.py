@@ -39,10 +39,10 @@ def test_every_format_file_is_tested() -> None:
 def test_first_generation_is_used_if_none_is_marked_correct(verdicts: Any) -> None:
     row = row_of("openr1_math")
     row |= verdicts or {"correctness_llama": None, "correctness_math_verify": None}
-    [found] = interpret(row).rows
-    assert found["answer"] == "41"
-    assert found.get("verified") is (False if verdicts else None)
-    assert found.get("reference") == (None if verdicts else "42")
+    [trace] = interpret(row).rows
+    assert trace["answer"] == "41"
+    assert trace.get("verified") is (False if verdicts else None)
+    assert trace.get("reference") == (None if verdicts else "42")
 
 
 def test_row_with_only_truncated_generations_is_refused() -> None:
@@ -74,8 +74,8 @@ def test_reply_truncated_by_its_server_is_refused(
 def test_teacher_field_selects_a_teacher_and_is_required_without_grades() -> None:
     row = row_of("s1k_1_1")
     for name in ("gemini", "gemini_thinking_trajectory"):
-        [found] = interpret(row, FormatOptions(teacher_field=name)).rows
-        assert (found["teacher"], found["answer"], found["verified"]) == ("gemini", "41", False)
+        [trace] = interpret(row, FormatOptions(teacher_field=name)).rows
+        assert (trace["teacher"], trace["answer"], trace["verified"]) == ("gemini", "41", False)
     with pytest.raises(TraceError, match="expected a field of the teacher 'claude', got gemini_thinking_trajectory, "):
         interpret(row, FormatOptions(teacher_field="claude"))
     ungraded = row | {"gemini_grade": None, "deepseek_grade": None}
@@ -138,15 +138,15 @@ def test_error_for_an_unusable_row_says_what_is_wrong(row: Any, message: str) ->
     ],
 )  # fmt: skip
 def test_unknown_formats_are_read_by_field_meaning(row: Any) -> None:
-    [found] = interpret(row).rows
-    assert {name: found[name] for name in PLAIN} == PLAIN
+    [trace] = interpret(row).rows
+    assert {name: trace[name] for name in PLAIN} == PLAIN
 
 
 def test_code_after_thinking_is_the_answer_despite_text_beside_it() -> None:
     code = "```python\nprint(1)\n```\nThe loop ends, and the answer is printed."
     for reply, answer in ((code, code), (f"{code} So \\boxed{{1}}.", "1")):
-        [found] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{reply}"))).rows
-        assert (found["reasoning"], found["answer"]) == ("Hm.", answer)
+        [trace] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{reply}"))).rows
+        assert (trace["reasoning"], trace["answer"]) == ("Hm.", answer)
 
 
 def test_reasoning_flags_and_empty_thoughts_are_not_thinking() -> None:
@@ -160,14 +160,14 @@ def test_reasoning_flags_and_empty_thoughts_are_not_thinking() -> None:
 @pytest.mark.parametrize("name", ["problem", "question"])
 def test_metadata_of_other_types_is_converted_or_ignored(name: str) -> None:
     about = {"difficulty": "hard", "domain": ["algebra"], "source": {"of": "x"}, "id": 7, "verified": "yes"}
-    [found] = interpret({name: "2+2?", "reasoning": "Add.", "answer": [4], **about}).rows
-    assert Trace.from_dict(found) == Trace("2+2?", "Add.", "4", id="7", verified=True)
+    [trace] = interpret({name: "2+2?", "reasoning": "Add.", "answer": [4], **about}).rows
+    assert Trace.from_dict(trace) == Trace("2+2?", "Add.", "4", id="7", verified=True)
 
 
 @pytest.mark.parametrize("name", ["problem", "question"])
 def test_numeric_answer_may_be_of_any_size(name: str) -> None:
-    [found] = interpret({name: "2^1100?", "reasoning": "Double.", "answer": 2**1100, "difficulty": 2**1100}).rows
-    assert Trace.from_dict(found) == Trace("2^1100?", "Double.", str(2**1100))
+    [trace] = interpret({name: "2^1100?", "reasoning": "Double.", "answer": 2**1100, "difficulty": 2**1100}).rows
+    assert Trace.from_dict(trace) == Trace("2^1100?", "Double.", str(2**1100))
 
 
 def test_fields_and_formats_can_be_named() -> None:
@@ -192,20 +192,20 @@ def test_a_native_trace_with_mapped_fields_stays_native() -> None:
     """Read as another format, `turns` would be the conversation, and the spans and the reference would be lost."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     row = PLAIN | {"turns": turns, "spans": [[0, len(THOUGHT), "tactical"]], "reference": "42", "about": {"of": "sums"}}
-    [found] = interpret(row | {"ok": "no"}, FormatOptions(fields={"domain": "about.of", "verdict": "ok"})).rows
-    assert found == row | {"ok": "no", "domain": "sums", "verified": False}
+    [trace] = interpret(row | {"ok": "no"}, FormatOptions(fields={"domain": "about.of", "verdict": "ok"})).rows
+    assert trace == row | {"ok": "no", "domain": "sums", "verified": False}
 
 
 @pytest.mark.parametrize("row", [PLAIN, {"question": QUESTION, "thinking": THOUGHT, "answer": "42"}])
 def test_a_plan_can_be_mapped(row: dict[str, Any]) -> None:
-    [found] = interpret(row | {"outline": "Add."}, FormatOptions(fields={"plan": "outline"})).rows
-    assert found["plan"] == "Add."
+    [trace] = interpret(row | {"outline": "Add."}, FormatOptions(fields={"plan": "outline"})).rows
+    assert trace["plan"] == "Add."
 
 
 def test_known_answer_and_finish_reason_are_kept() -> None:
     row = {"prompt": "p", "response": "I add. It is \\boxed{5}.", "answer": 6, "finish_reason": "length"}
-    [found] = interpret(row).rows
-    assert (found["answer"], found["reference"], found["finish_reason"]) == ("5", "6", "length")
+    [trace] = interpret(row).rows
+    assert (trace["answer"], trace["reference"], trace["finish_reason"]) == ("5", "6", "length")
     [solved] = interpret({"question": "p", "answer": "I add.\n#### 5"}).rows
     assert solved["answer"] == "5" and "reference" not in solved  # an answer cannot verify itself
 

@@ -133,10 +133,10 @@ def test_error_for_a_broken_table_names_the_line(tmp_path: Path) -> None:
 def test_problems_are_read_from_the_same_kinds_of_file(tmp_path: Path) -> None:
     rows = [{"question": "2+2?", "choices": ["3", "4"], "answer": 1}, {"question": "Is it?", "answer": True}]
     (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    asked = "2+2?\n\nA. 3\nB. 4"
+    expected = "2+2?\n\nA. 3\nB. 4"
     problems = load_problems(str(tmp_path / "set.jsonl.gz"), None, 0)
-    assert [(problem.question, problem.answer) for problem in problems] == [(asked, "B"), ("Is it?", "True")]
-    assert [question.text for question in read_questions(str(tmp_path / "set.jsonl.gz"))] == [asked, "Is it?"]
+    assert [(problem.question, problem.answer) for problem in problems] == [(expected, "B"), ("Is it?", "True")]
+    assert [question.text for question in read_questions(str(tmp_path / "set.jsonl.gz"))] == [expected, "Is it?"]
     assert len(load_problems(str(tmp_path), None, 0)) == 2
 
 

@@ -149,7 +149,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_unknown_format_is_read(name: str) -> None:
     row, changes = SHAPES[name]
-    assert [Trace.from_dict(found) for found in interpret(row).rows] == [Trace.from_dict(PLAIN | changes)]
+    assert [Trace.from_dict(trace) for trace in interpret(row).rows] == [Trace.from_dict(PLAIN | changes)]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_any_kind_of_verdict_selects_the_correct_generation(row: Any) -> None:
 
 
 def test_separate_thought_belongs_to_the_next_reply_only() -> None:
-    said = [("user", "1+1?"), ("thought", "Add."), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes.")]
-    turns = parse_turns([{"role": role, "content": text} for role, text in said])
+    messages = [("user", "1+1?"), ("thought", "Add."), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes.")]
+    turns = parse_turns([{"role": role, "content": text} for role, text in messages])
     assert turns is not None and [turn.thought for turn in turns] == [None, "Add.", None, None]
     assert split_content([{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "2"}]) == (None, "2")
     twice = [{"role": "thought", "content": "Add."}, {"role": "assistant", "content": "2", "reasoning": "Check."}]
@@ -231,10 +231,10 @@ def test_error_for_unreadable_generations_gives_the_reason() -> None:
     ],
 )
 def test_options_become_part_of_the_problem(row: Any, answer: str) -> None:
-    asked = f"{QUESTION}\n\nA. 41\nB. 42"
-    assert question_of({"question": QUESTION, **row}) == {"problem": asked, "answer": answer}
-    [found] = interpret({"question": QUESTION, "rationale": THOUGHT, **row}).rows
-    assert (found["problem"], found["reasoning"], found["answer"]) == (asked, THOUGHT, answer)
+    problem = f"{QUESTION}\n\nA. 41\nB. 42"
+    assert question_of({"question": QUESTION, **row}) == {"problem": problem, "answer": answer}
+    [trace] = interpret({"question": QUESTION, "rationale": THOUGHT, **row}).rows
+    assert (trace["problem"], trace["reasoning"], trace["answer"]) == (problem, THOUGHT, answer)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +294,8 @@ def test_heading_is_not_an_answer_and_unmarked_reply_is_kept_whole() -> None:
     assert stated_answer("Add.\n#### 42\nThe answer is: 42") == "42"
     assert stated_answer("Add.\nFinal Answer: The final answer is $42$. I hope it is correct.") == "42"
     assert stated_answer("Add.\n\n**Final Answer**\n42") == "42"
-    found = interpret({"question": QUESTION, "complex_cot": THOUGHT, "response": reply}).rows
-    assert found == [PLAIN | {"answer": reply}]
+    traces = interpret({"question": QUESTION, "complex_cot": THOUGHT, "response": reply}).rows
+    assert traces == [PLAIN | {"answer": reply}]
 
 
 def test_errors_for_unmarked_answers_bad_history_and_failed_requests() -> None:

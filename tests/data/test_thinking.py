@@ -241,8 +241,8 @@ def test_the_instruction_follows_the_problem_and_marks_the_answer():
     ):
         prompt, ids = trained(tokenizer, instruction=instruction)
         assert decoded(tokenizer, ids).endswith(ending + "<|im_end|>")
-        asked = (instruction or ANSWER).text
-        assert f"What is 2 + 3?{asked and chr(10) * 2 + asked}<|im_end|>" in prompt
+        request = (instruction or ANSWER).text
+        assert f"What is 2 + 3?{request and chr(10) * 2 + request}<|im_end|>" in prompt
 
 
 def test_answer_that_does_not_fit_a_box_is_written_without_one():
@@ -325,9 +325,9 @@ def test_earlier_replies_are_trained_on_request(name):
 
 @pytest.mark.parametrize("name", ["llama-3", "gemma-3", "qwen3", "r1-distill"])
 def test_an_empty_earlier_reply_is_not_trained(name):
-    asked = {"role": "user", "content": "1 + 1?"}
+    question = {"role": "user", "content": "1 + 1?"}
     replies = {"content": ""}, {"content": "2.", "reasoning": " "}, {"content": " ", "reasoning": "I add.\n"}
-    turns = [turn for reply in replies for turn in (asked, {"role": "assistant", **reply})]
+    turns = [turn for reply in replies for turn in (question, {"role": "assistant", **reply})]
     examples, left_out = encode_all([replace(LATER, turns=tuple(turns))], tokenizer_of(name), turns="all")
     assert left_out == [] and len(examples) == (1 if name == "r1-distill" else 2)
 

@@ -40,14 +40,14 @@ KNOWN = {
 def places_of(opener: str, closer: str) -> set[str]:
     """The places where a pair of marks is recognised as thinking."""
     whole, rest = f"{opener}a{closer}b", f"a{closer}b"
-    found = {
+    recognised = {
         START: split_thinking(whole) == ("a", "b") and opens_with_thinking(whole),
         ALONE: split_thinking(rest) == ("a", "b"),
         GRADED: without_thinking(rest) == "b",
         SHOWN: without_tags(whole) == "ab",
         TEMPLATE: is_found_in_template(opener, closer),
     }
-    return {place for place, is_known in found.items() if is_known}
+    return {place for place, is_recognised in recognised.items() if is_recognised}
 
 
 def is_found_in_template(opener: str, closer: str) -> bool:

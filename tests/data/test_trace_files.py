@@ -101,12 +101,12 @@ def test_folder_without_trace_files_is_refused(tmp_path: Path) -> None:
 def test_hub_ids_are_loaded_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    calls = []
     table = datasets.Dataset.from_list([ROW, ROW | {"answer": "six"}, {"problem": "p"}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *place, **options: asked.append((*place, options)) or table)
-    assert [one.answer for one in read_traces("owner/name", split="test", limit=2)] == ["5", "six"]
-    assert [one.answer for one in read_traces("owner/name:main:test[:2]", limit=2)] == ["5", "six"]
-    assert asked == [
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place, **options: calls.append((*place, options)) or table)
+    assert [trace.answer for trace in read_traces("owner/name", split="test", limit=2)] == ["5", "six"]
+    assert [trace.answer for trace in read_traces("owner/name:main:test[:2]", limit=2)] == ["5", "six"]
+    assert calls == [
         ("owner/name", None, {"split": "test", "streaming": True}),
         ("owner/name", "main", {"split": "test[:2]", "streaming": False}),  # datasets refuses to stream a slice
     ]
