@@ -121,9 +121,9 @@ def test_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Path, 
 
 def test_datasheet_gives_the_full_counts_of_shortened_lists(tmp_path: Path) -> None:
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
-    asked = [" ".join(f"{word}{number}" for word in words) for number in range(85)]
-    evaluations = write_rows(tmp_path / "against.jsonl", [{"problem": problem} for problem in asked[:60]])
-    pool = write_rows(tmp_path / "pool.jsonl", [row(problem, domain=f"d{at % 25}") for at, problem in enumerate(asked)])
+    texts = [" ".join(f"{word}{number}" for word in words) for number in range(85)]
+    evaluations = write_rows(tmp_path / "against.jsonl", [{"problem": problem} for problem in texts[:60]])
+    pool = write_rows(tmp_path / "pool.jsonl", [row(problem, domain=f"d{at % 25}") for at, problem in enumerate(texts)])
     sheet = rbfast.curate([pool], tmp_path / "out", CurateConfig(against=[evaluations], keep_templates=True)).datasheet
     page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
     assert (len(sheet["contamination"]), sheet["evaluation_problems_matched"]) == (50, 60)
@@ -160,15 +160,15 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def test_turns_and_system_prompts_are_decontaminated(tmp_path: Path) -> None:
-    asked = "A train leaves at noon and drives 60 miles an hour for 3 hours. How far is it then?"
+    train = "A train leaves at noon and drives 60 miles an hour for 3 hours. How far is it then?"
     pool = [
-        row("Are you sure?", turns=turns(asked, "180 miles.")),
-        row("Can you solve it?", turns=turns("Invent a problem.", asked)),
-        row("How many primes are below ten?", system=f"Answer briefly. For example: {asked} 180 miles."),
-        row("How many primes are below nine?", turns=turns(asked.replace("60", "75").replace("3", "8"), "225 miles.")),
+        row("Are you sure?", turns=turns(train, "180 miles.")),
+        row("Can you solve it?", turns=turns("Invent a problem.", train)),
+        row("How many primes are below ten?", system=f"Answer briefly. For example: {train} 180 miles."),
+        row("How many primes are below nine?", turns=turns(train.replace("60", "75").replace("3", "8"), "225 miles.")),
         row("How many primes are below six?", turns=turns("Do you know trains?", "Yes."), system="Answer briefly."),
     ]
-    evaluations = write_rows(tmp_path / "eval.jsonl", [{"problem": asked}])
+    evaluations = write_rows(tmp_path / "eval.jsonl", [{"problem": train}])
     config = CurateConfig(against=[evaluations])
     result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out", config)
     assert result.stages[1].dropped == {"holds an evaluation problem": 3, "an evaluation problem with other numbers": 1}
@@ -205,10 +205,10 @@ def test_duplicates_keep_a_right_trace_then_the_better_one(tmp_path: Path, plain
 
 
 def test_only_questions_count_towards_the_rarity_of_shingles() -> None:
-    said = row("Are you sure?", turns=turns("What is 2 + 5?", "It is 7."), system="Be brief.")
-    asked = text.fingerprints(text.pack(["Are you sure?", "What is 2 + 5?"])).tolist()
-    part = Assessor(Decontaminator([]))([("", said)])
-    assert part.prompt_fingerprints.tolist() == [asked[0], asked[1], asked[0], asked[0]]
+    conversation = row("Are you sure?", turns=turns("What is 2 + 5?", "It is 7."), system="Be brief.")
+    questions = text.fingerprints(text.pack(["Are you sure?", "What is 2 + 5?"])).tolist()
+    part = Assessor(Decontaminator([]))([("", conversation)])
+    assert part.prompt_fingerprints.tolist() == [questions[0], questions[1], questions[0], questions[0]]
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +223,13 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_real_pool_gives_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
-    one = rbfast.curate([claude], tmp_path / "one", CurateConfig(size=100, against=against, seed=3))
+    result = rbfast.curate([claude], tmp_path / "one", CurateConfig(size=100, against=against, seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 100)
     monkeypatch.setattr("rbfast.curation.text.cores", lambda: 5)
     rbfast.curate([claude], tmp_path / "two", CurateConfig(size=100, against=against, seed=3, processes=3))
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert one.selected == 100
+    assert result.selected == 100
     kept = read_traces(tmp_path / "one" / "reason1k.jsonl")
     assert len({trace.problem for trace in kept}) == 100
     assert len({trace.domain for trace in kept}) == 10
@@ -283,9 +283,9 @@ def test_a_pool_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     fetch = curate._fetch
 
     def fetch_and_change(*arguments: Any) -> Any:
-        found = fetch(*arguments)
+        rows = fetch(*arguments)
         write_rows(pool, [row(f"{number}?") for number in range(rows_later)])
-        return found
+        return rows
 
     monkeypatch.setattr(curate, "_fetch", fetch_and_change)
     with pytest.raises(ValueError, match="the pool changed while it was read: it no longer has 2 rows"):
@@ -423,8 +423,8 @@ def test_several_processes_need_module_level_functions(tmp_path: Path) -> None:
 
 
 def test_a_verifier_gets_the_fields_of_a_row_in_any_format(tmp_path: Path) -> None:
-    asked = {"question": "Write 7.", "response": "I write it. The answer is 7", "finish_reason": "stop", "tests": ["7"]}
-    pool = write_rows(tmp_path / "pool.jsonl", [asked, {**asked, "question": "Write 8.", "tests": ["8"]}])
+    given = {"question": "Write 7.", "response": "I write it. The answer is 7", "finish_reason": "stop", "tests": ["7"]}
+    pool = write_rows(tmp_path / "pool.jsonl", [given, {**given, "question": "Write 8.", "tests": ["8"]}])
     config = CurateConfig(verify=lambda trace, row: trace.answer in row["tests"] and row["finish_reason"] == "stop")
     rbfast.curate([pool], tmp_path / "out", config)
     assert [kept["problem"] for kept in rows_of(tmp_path / "out" / "reason1k.jsonl")] == ["Write 7."]

@@ -54,8 +54,8 @@ def test_only_confirmed_pairs_are_flagged(s1k: list[str], math500: list[Evaluati
 
 def test_confirmed_pairs_are_far_above_the_threshold(s1k: list[str], math500: list[Evaluation]) -> None:
     """The four share 0.93 or more of their problem, the next less than 0.4: the threshold is not tuned to them."""
-    found = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0, variant=1.0))
-    shares = sorted((match.share for match in found if match), reverse=True)
+    matches = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0, variant=1.0))
+    shares = sorted((match.share for match in matches if match), reverse=True)
     assert shares[3] > 0.9
     assert shares[4] < 0.4
 
@@ -68,9 +68,9 @@ def test_changed_numbers_are_reported_by_the_template_tier(math500: list[Evaluat
     rng = random.Random(0)
     pool = [change_digits(item.problem, rng) for item in math500]
     thresholds = Thresholds(text=1.0)
-    found = contaminated(pool, math500, thresholds=thresholds)
-    assert all(found)
-    changed = [(index, match) for index, match in enumerate(found) if match and match.tier == "template"]
+    matches = contaminated(pool, math500, thresholds=thresholds)
+    assert all(matches)
+    changed = [(index, match) for index, match in enumerate(matches) if match and match.tier == "template"]
     drawing = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
     plain = [drawing.sub("", item.problem) for item in math500]
     assert [index for index, _ in changed] == [index for index, text in enumerate(plain) if re.search(r"\d", text)]
@@ -89,8 +89,8 @@ def test_changed_numbers_may_differ_in_length() -> None:
 
 def test_short_problems_are_matched() -> None:
     evaluations = [Evaluation("e:1", "Compute $\\sin 60^\\circ$."), Evaluation("e:2", "What is $5!$?")]
-    found = contaminated(["compute \\(\\sin(60°)\\)", "Compute $\\cos 60^\\circ$.", "", "Solve x."], evaluations)
-    assert [match and (match.item, match.tier) for match in found] == [(0, "text"), None, None, None]
+    matches = contaminated(["compute \\(\\sin(60°)\\)", "Compute $\\cos 60^\\circ$.", "", "Solve x."], evaluations)
+    assert [match and (match.item, match.tier) for match in matches] == [(0, "text"), None, None, None]
 
 
 @pytest.mark.parametrize("short", ["Simplify $\\sqrt{242}$.", "Evaluate $\\log_264$.", "Compute $\\dbinom{31}{28}$."])
@@ -124,14 +124,14 @@ def test_common_endings_are_not_a_match() -> None:
 def test_matches_of_short_and_long_problems_are_combined() -> None:
     long = "A farm has 3 cows and 12 hens. How many legs do they have in all?"
     evaluations = [Evaluation("e:1", long), Evaluation("e:2", "Compute $5!$.")]
-    found = contaminated(["Compute $5!$.", long, f"{long} Compute $5!$.", "", "Now compute $5!$."], evaluations)
-    assert [match and match.item for match in found] == [1, 0, 0, None, 1]
+    matches = contaminated(["Compute $5!$.", long, f"{long} Compute $5!$.", "", "Now compute $5!$."], evaluations)
+    assert [match and match.item for match in matches] == [1, 0, 0, None, 1]
 
 
 def test_doubled_backslashes_are_read_as_single_ones(math500: list[Evaluation]) -> None:
     doubled = [item.problem.replace("\\", "\\\\") for item in math500]
-    found = contaminated(doubled, math500)
-    assert [match and match.item for match in found] == list(range(len(math500)))
+    matches = contaminated(doubled, math500)
+    assert [match and match.item for match in matches] == list(range(len(math500)))
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_boilerplate_weighs_little() -> None:
     ]
     evaluations += [Evaluation(f"f:{i}", f"unlike the others number {'x' * i} {ask}") for i in range(20)]
     pool = [f"{words} {ask}" for words in ("what colour has the sky over the sea", "add the odd primes up to nine")]
-    found = contaminated(pool, evaluations)
-    assert found[0] is None
-    assert found[1] is not None and found[1].item == 0
+    matches = contaminated(pool, evaluations)
+    assert matches[0] is None
+    assert matches[1] is not None and matches[1].item == 0
 
 
 def test_matches_do_not_depend_on_parts_or_threads(s1k: list[str], math500: list[Evaluation]) -> None:
@@ -291,9 +291,9 @@ def letters(problems: list[str]) -> np.ndarray:
 def test_embedding_finds_paraphrases() -> None:
     evaluations = [Evaluation("e:1", "silent night"), Evaluation("e:2", "zebra crossing")]
     pool = ["listen thing", "tricycles", ""]
-    found = contaminated(pool, evaluations, embed=letters)
-    assert found[0] is not None and found[0][:2] == (0, "paraphrase") and found[0].share == pytest.approx(1.0)
-    assert found[1:] == [None, None]
+    matches = contaminated(pool, evaluations, embed=letters)
+    assert matches[0] is not None and matches[0][:2] == (0, "paraphrase") and matches[0].share == pytest.approx(1.0)
+    assert matches[1:] == [None, None]
     assert contaminated(["silent night"], evaluations, embed=letters) == [Match(0, "text", 1.0)]
     assert contaminated(pool, evaluations) == [None] * 3
     whole = contaminated(["silent night"], evaluations, thresholds=Thresholds(text=1.0))
@@ -330,17 +330,17 @@ def test_invalid_threshold_is_refused(threshold: float) -> None:
 def test_benchmarks_have_the_same_names_as_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(*where: object, split: str, **_: object) -> list[dict[str, str]]:
-        asked.append((*where, split))
-        return [{"problem": f"Problem {len(asked)}?", "answer": "1"}]
+        calls.append((*where, split))
+        return [{"problem": f"Problem {len(calls)}?", "answer": "1"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = read_evaluations(["math-500", "aime24", "owner/name"])
-    assert asked == [
+    evaluations = read_evaluations(["math-500", "aime24", "owner/name"])
+    assert calls == [
         ("HuggingFaceH4/MATH-500", None, "test"),
         ("HuggingFaceH4/aime_2024", None, "train"),
         ("owner/name", None, "test"),
     ]
-    assert [evaluation.problem for evaluation in found] == ["Problem 1?", "Problem 2?", "Problem 3?"]
+    assert [evaluation.problem for evaluation in evaluations] == ["Problem 1?", "Problem 2?", "Problem 3?"]

@@ -37,16 +37,16 @@ def test_preferred_duplicate_is_kept_and_the_first_of_equals() -> None:
 
 
 def test_reworded_problem_is_a_duplicate_if_the_answers_agree() -> None:
-    asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
-    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "108")]) == [0, 0, 0]  # 2 is a copy of 1
-    assert keepers([(asked[0], "110"), (asked[1], "108")]) == [0, 1]
-    assert keepers([(asked[0], "110"), (asked[0].replace("a few", "the few"), "110")]) == [0, 0]
+    texts = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
+    assert keepers([(texts[0], "110"), (texts[1], "110"), (texts[1], "108")]) == [0, 0, 0]  # 2 is a copy of 1
+    assert keepers([(texts[0], "110"), (texts[1], "108")]) == [0, 1]
+    assert keepers([(texts[0], "110"), (texts[0].replace("a few", "the few"), "110")]) == [0, 0]
 
 
 @pytest.mark.parametrize(("old", "new"), [("12 cows", "14 cows"), ("by the river", "by river b"), ("hens", "pigs")])
 def test_changed_numbers_or_words_make_a_different_problem(old: str, new: str) -> None:
-    asked = LONG.format("How many legs does he count?")
-    assert keepers([(asked, "110"), (asked.replace(old, new), "110")]) == [0, 1]
+    problem = LONG.format("How many legs does he count?")
+    assert keepers([(problem, "110"), (problem.replace(old, new), "110")]) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_problems_without_words_have_no_duplicates() -> None:
 
 def test_chain_of_duplicates_keeps_one_item() -> None:
     """b is a rewording of a, and c a copy of b: all three are duplicates, though a and c do not match directly."""
-    asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
-    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "9")], [0.0, 0.0, 1.0]) == [2, 2, 2]
+    texts = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
+    assert keepers([(texts[0], "110"), (texts[1], "110"), (texts[1], "9")], [0.0, 0.0, 1.0]) == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,14 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_ray_output_matches_one_process_bitwise(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
     against = pool[0].with_name("against.jsonl")
-    one = curate(pool, tmp_path / "one", CurateConfig(size=20, against=[against], seed=3))
+    result = curate(pool, tmp_path / "one", CurateConfig(size=20, against=[against], seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 40)
     command = ["curate", *map(str, pool), "-o", str(tmp_path / "ray"), "--against", str(against), "--ray", "auto"]
     assert main([*command, "--size", "20", "--seed", "3", "--json"]) == 0
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
-    assert one.selected == 20
-    assert all(stage.dropped for stage in one.stages if stage.name != "score")
+    assert result.selected == 20
+    assert all(stage.dropped for stage in result.stages if stage.name != "score")
     assert ray.is_initialized()
 
 

@@ -35,11 +35,11 @@ def test_shortlist_equals_the_top_of_a_full_sort(n: int, reach: int, seed: int) 
     scores, ties = rng.integers(0, 5, n) / 4, rng.integers(0, 9, n).astype(np.uint64)
     domains = rng.integers(-1, 3, n)  # -1: excluded
     share = [3, 0, 20]
-    for domain, found in enumerate(shortlist(scores, ties, domains, share, reach=reach)):
+    for domain, chosen in enumerate(shortlist(scores, ties, domains, share, reach=reach)):
         items = [i for i in range(n) if domains[i] == domain]
         best = sorted(items, key=lambda i: (-scores[i], ties[i], i))
         half = (len(items) + 1) // 2
-        assert found.tolist() == best[: max(share[domain], min(reach * share[domain], half))]
+        assert chosen.tolist() == best[: max(share[domain], min(reach * share[domain], half))]
 
 
 def test_shortlist_has_eight_items_per_item_wanted() -> None:

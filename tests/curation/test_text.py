@@ -204,12 +204,12 @@ def test_native_find_matches_the_reference(native, texts, others, k: int, masked
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_native_containment_matches_the_reference(native, lists, random, threads: int) -> None:
     terms = [sorted(random.sample(range(5), random.randrange(4))) for _ in range(31)]
-    postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
+    postings, rows = as_rows(terms, np.int32), as_rows(lists, np.int32)
     weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
     totals = np.array([1 + sum(int(w) for w, t in zip(weights, terms, strict=True) if e in t) for e in range(5)])
     held = [sum(int(weights[term]) for term in row) + random.randrange(3) for row in lists]
     own = np.array(held if random.choice([False, True]) else [], dtype=np.int64)
-    arguments = (*found, *postings, weights, totals, own, random.choice([0.0, 0.3, 0.5, 1.0]))
+    arguments = (*rows, *postings, weights, totals, own, random.choice([0.0, 0.3, 0.5, 1.0]))
     assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
 
 
