@@ -47,8 +47,8 @@ def test_a_problem_is_asked_with_its_own_system_prompt(tmp_path, temperature):
     assert first.completion != second.completion
     assert [record["system"] for record in map(json.loads, keep.read_text().splitlines())] == ["Be brief.", "Be long."]
     for problem, result in zip(problems, results, strict=True):
-        bare, asked = replace(problem, system=None), replace(ANSWER, system=problem.system)
-        assert evaluate(model, tokenizer, [bare], instruction=asked, **options)[0].completion == result.completion
+        bare, instruction = replace(problem, system=None), replace(ANSWER, system=problem.system)
+        assert evaluate(model, tokenizer, [bare], instruction=instruction, **options)[0].completion == result.completion
     assert evaluate(model, tokenizer, problems[1:], keep=keep, **options) == [second]  # read from the file
     assert len(keep.read_text().splitlines()) == 2
 
@@ -79,8 +79,8 @@ def test_paired_difference_matches_agresti_and_min():
 
 
 def test_intervals_keep_their_width_if_all_differences_are_equal():
-    one = paired_difference([0.0], [1.0])
-    assert one.mean == 1.0 and one.low < 0 and one.high == 1.0
+    single = paired_difference([0.0], [1.0])
+    assert single.mean == 1.0 and single.low < 0 and single.high == 1.0
     equal = paired_difference([1.0] * 30, [1.0] * 30)
     assert equal.mean == 0.0 and -0.15 < equal.low < -0.01 and equal.low == -equal.high
     all_won = paired_difference([0.0] * 30, [1.0] * 30)
@@ -126,9 +126,9 @@ def test_differences_need_matching_scores():
 def results_of(pattern: dict[str, str]) -> list[Result]:
     """`{"question": "rwr"}`: right and wrong samples; all wrong ones have the same answer."""
     return [
-        Result(Problem("t", question, "1", {}), Completion(said, 5, False), score, sample)
+        Result(Problem("t", question, "1", {}), Completion(reply, 5, False), score, sample)
         for question, letters in pattern.items()
-        for sample, (said, score) in enumerate(
+        for sample, (reply, score) in enumerate(
             {"r": ("<answer>1</answer>", 1.0), "w": ("<answer>2</answer>", 0.0)}[letter] for letter in letters
         )
     ]
@@ -226,14 +226,14 @@ def test_interrupted_evaluation_resumes(tmp_path, monkeypatch):
         evaluate(model, tokenizer, problems, keep=path, progress=stop, **options)
     assert len(path.read_text().splitlines()) == 4
     path.write_text(path.read_text() + '{"task": "file", "prob')  # torn while it was written
-    asked = []
+    graded = []
     monkeypatch.setattr(
-        "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0
+        "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: graded.append(problem) or 0.0
     )
     assert "instruction" not in json.loads(path.read_text().splitlines()[0])["decoding"]  # as in older files
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
-    assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
-    assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
+    assert len(graded) == 4 and len(path.read_text().splitlines()) == 8
+    assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(graded) == 4
     with pytest.raises(ValueError, match="another model or decoding: its seed is 4, now 5; name"):
         evaluate(model, tokenizer, problems, keep=path, **options | {"seed": 5})
     path.write_text("{}\n")
@@ -268,13 +268,13 @@ def test_only_the_likeliest_tokens_are_drawn_if_top_p_is_small():
 
 def test_all_samples_are_drawn_even_if_the_vote_is_decided(monkeypatch):
     """pass@k counts every sample."""
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        "rbfast.evaluation.evaluate.guided", lambda *args, **options: asked.append(args[4]) or guided(*args, **options)
+        "rbfast.evaluation.evaluate.guided", lambda *args, **options: calls.append(args[4]) or guided(*args, **options)
     )
     problems = [Problem("file", "x", "never", {})]
-    found = evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=6, samples=5, temperature=1e-9)
-    assert len(found) == 5 and [sampling.early_stop for sampling in asked] == [False]
+    results = evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=6, samples=5, temperature=1e-9)
+    assert len(results) == 5 and [sampling.early_stop for sampling in calls] == [False]
 
 
 @pytest.mark.parametrize(

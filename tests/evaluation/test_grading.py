@@ -328,9 +328,9 @@ def test_answer_that_hangs_the_grader_is_wrong_and_the_next_is_graded():
 
 def test_after_a_timeout_nothing_more_is_compared(monkeypatch):
     pytest.importorskip("math_verify")
-    asked = []
-    monkeypatch.setattr(math_equality, "judge", lambda name: SimpleNamespace(ask=asked.append))  # its verdict is None
-    assert not equal(r"\{\sqrt2, \sqrt3\}", r"\{\sqrt5, \sqrt7\}") and len(asked) == 1
+    calls = []
+    monkeypatch.setattr(math_equality, "judge", lambda name: SimpleNamespace(ask=calls.append))  # its verdict is None
+    assert not equal(r"\{\sqrt2, \sqrt3\}", r"\{\sqrt5, \sqrt7\}") and len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_completion_of_a_looping_model_is_graded_at_once(text):
 
 
 @pytest.mark.parametrize("answer", [r"5\text{ab}" + r"\text{ab}" * 40 + "1", "^(" + " \n" * 490 + "1"])
-def test_a_short_answer_is_graded_at_once(answer):
+def test_short_answer_with_repetitions_is_graded_at_once(answer):
     start = time.process_time()
     assert not equal("7", answer)
     assert time.process_time() - start < 1  # once, each word doubled the time, and a run of spaces was quadratic

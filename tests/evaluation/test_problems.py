@@ -102,10 +102,10 @@ def test_file_that_is_not_utf8_is_refused(tmp_path):
 def test_benchmark_or_hub_id_selects_a_dataset_and_a_split(monkeypatch):
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(name, config, split, streaming):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         return [{"problem": "p", "answer": "\\frac{1}{2}"}, {"problem": "q", "answer": "3"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -120,7 +120,7 @@ def test_benchmark_or_hub_id_selects_a_dataset_and_a_split(monkeypatch):
         "owner/name:main:test[:100]",
     ):
         load_problems(place, 1, seed=0)
-    assert asked == [
+    assert calls == [
         ("HuggingFaceH4/MATH-500", None, "test"),
         ("openai/gsm8k", "main", "test"),
         ("owner/name", None, "test"),
@@ -172,11 +172,11 @@ def test_error_for_a_missing_config_says_how_to_name_it(monkeypatch):
 def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row):
     import datasets
 
-    asked = []
+    calls = []
     rows = [row | {"problem": "Find $n$.", "answer": "025"}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split, **_: asked.append((*where, split)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split, **_: calls.append((*where, split)) or rows)
     [problem] = load_problems(task, None, seed=0)
-    assert asked == [place] and problem.question == "Find $n$."
+    assert calls == [place] and problem.question == "Find $n$."
     assert [grade(problem, f"\\boxed{{{answer}}}") for answer in ("25", "025", "26")] == [1.0, 1.0, 0.0]
 
 
