@@ -322,7 +322,7 @@ def test_no_more_than_twelve_examples_are_shown(tmp_path: Path) -> None:
     assert len(examples._choose_problems(measured)) == 12
 
 
-def test_an_intervention_between_two_roles_or_before_the_text_is_shown_once() -> None:
+def test_intervention_between_roles_or_before_the_text_is_shown_once() -> None:
     border = split_spans(THOUGHT)[0][1]
     for at, shown in ((border, border), (-5, 0)):
         coloured = examples._colour_roles(record(0, True, events=[{"kind": "wait", "at": at, "struck": ""}]))
@@ -485,8 +485,8 @@ def draw(tmp_path: Path) -> Any:
             "--enable-logging=stderr", "--dump-dom", harness.as_uri(),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        [found] = re.findall(r"<output>(.*?)</output>", done.stdout, re.DOTALL)
-        return json.loads(html.unescape(found)), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        [output] = re.findall(r"<output>(.*?)</output>", done.stdout, re.DOTALL)
+        return json.loads(html.unescape(output)), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return measured
 
