@@ -99,7 +99,7 @@ def test_lone_surrogate_is_written_as_a_json_escape(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append([record])
     assert json.loads((tmp_path / "file").read_bytes()) == record
-    assert [found for _, found in journal.read()] == [record]
+    assert [entry for _, entry in journal.read()] == [record]
 
 
 def test_a_pipe_or_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
