@@ -236,7 +236,7 @@ def test_real_pool_gives_the_same_bytes_for_any_number_of_processes(claude: Path
     assert len(kept) + len(rows_of(tmp_path / "one" / "dropped.jsonl")) == len(read_traces(claude))
 
 
-def test_finish_reason_stop_overrules_a_cut_looking_ending(tmp_path: Path) -> None:
+def test_finish_reason_stop_overrules_the_truncation_check(tmp_path: Path) -> None:
     rows = [row("Stop?", reasoning="So it is the", finish_reason="stop"), row("Cut?", reasoning="So it is the")]
     result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out", CurateConfig(size=1))
     assert result.selected == 1
@@ -244,7 +244,7 @@ def test_finish_reason_stop_overrules_a_cut_looking_ending(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("ending", "is_whole"),
+    ("ending", "is_complete"),
     [
         ("\n#### 25", True),
         ("\n<answer>25</answer>", True),
@@ -255,11 +255,11 @@ def test_finish_reason_stop_overrules_a_cut_looking_ending(tmp_path: Path) -> No
         ("\nThis is \\boxed{25}, since the", False),
     ],
 )
-def test_solution_is_whole_if_it_ends_in_a_marked_answer(tmp_path: Path, ending: str, is_whole: bool) -> None:
+def test_solution_is_complete_if_it_ends_in_a_marked_answer(tmp_path: Path, ending: str, is_complete: bool) -> None:
     working = "A can is 25 cents here.\nIt is 50 there.\nThat is more.\nSo it is 50 - 25 = 25 more expensive per can"
     rows = [{"question": "How much more is a can?", "answer": working + ending}, row("Is there another?")]
     result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out")
-    assert result.stages[0].dropped == ({} if is_whole else {"truncated": 1})
+    assert result.stages[0].dropped == ({} if is_complete else {"truncated": 1})
 
 
 def test_empty_results_and_missing_sources_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

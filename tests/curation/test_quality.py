@@ -40,8 +40,8 @@ def test_finished_thinking_has_no_flaw(name: str, field: str, count: int) -> Non
     assert [flaw_of(text) for text in whole] == [None] * count
 
 
-def test_thinking_cut_by_the_limit_is_flagged_as_looping() -> None:
-    """Five thoughts of Qwen3-8B were cut by the token limit: all loop. Six more runs hit the limit in their reply."""
+def test_thinking_truncated_by_the_limit_is_flagged_as_looping() -> None:
+    """Five thoughts of Qwen3-8B hit the token limit, and all loop. Six more runs hit it in the reply that followed."""
     with data_path(QWEN).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     cut = [row["thinking"] for row in rows if row["done_reason"] == "length" and not row["content"]]
@@ -87,7 +87,7 @@ def test_some_random_cuts_are_detected() -> None:
         ("One is 1.\nTwo is 2.\nThree is 3.\nFour is 4.\nFive seems odd to me", "no full stop"),
     ],
 )
-def test_cut_reasoning_is_flagged(reasoning: str, message: str) -> None:
+def test_truncated_reasoning_is_flagged(reasoning: str, message: str) -> None:
     flaw = flaw_of(reasoning)
     assert flaw is not None and flaw.startswith("truncated: ")
     assert re.search(message, flaw)
@@ -122,7 +122,7 @@ def test_cut_reasoning_is_flagged(reasoning: str, message: str) -> None:
         "A tree costs $$60.00.\n\nAll of them cost 210.",
     ],
 )
-def test_whole_reasoning_is_not_flagged(reasoning: str) -> None:
+def test_complete_reasoning_is_not_flagged(reasoning: str) -> None:
     assert flaw_of(reasoning) is None
 
 

@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three files of different lengths, with duplicates, evaluation problems, cut reasoning and an invalid row."""
+    """Three files of different lengths: duplicates, evaluation problems, truncated reasoning and an invalid row."""
     rng = random.Random(0)
     problems = [problem(rng) for _ in range(300)]
     rows: list[Any] = [
