@@ -58,7 +58,7 @@ class Page(HTMLParser):
 # ------------------------------------------------------------------------------------------------------------ contents
 
 
-def test_report_of_a_whole_run(tmp_path: Path) -> None:
+def test_report_of_a_complete_run(tmp_path: Path) -> None:
     page = Page(page_of(write_run(tmp_path / "first")))
     gain = paired_difference([1, *[0] * 7] * 2, [*[1] * 6, 0, 0] * 2)
     for expected in (
@@ -234,7 +234,7 @@ def test_a_single_sample_at_a_temperature_is_not_greedy(tmp_path: Path) -> None:
     assert "1 sample at temperature 0.8" in [measured.drawn for measured in measurements]
 
 
-def test_examples_mark_cut_completions_and_two_are_open(tmp_path: Path) -> None:
+def test_examples_mark_truncated_completions_and_two_are_open(tmp_path: Path) -> None:
     after = lines(results(6, truncated=True))
     page = page_of(write_run(tmp_path / "run", **{"after.jsonl": after}))
     assert re.search(r"after: right, [\d,]+ tokens, cut at the limit<", page)
@@ -249,7 +249,7 @@ def test_time_of_a_resumed_run_is_marked_as_partial(tmp_path: Path) -> None:
         assert (", since it was resumed" in page) == resumed
 
 
-def test_unrecorded_limit_is_the_length_of_the_longest_cut_completion(tmp_path: Path) -> None:
+def test_unrecorded_limit_is_that_of_the_longest_truncated_completion(tmp_path: Path) -> None:
     completions = [*results(6), record(70, False, truncated=True, tokens=45)]  # whole ones have up to 47 tokens
     [measured] = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines(completions)})).measurements
     assert measured.limit == 45
