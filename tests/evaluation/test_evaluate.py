@@ -173,7 +173,7 @@ def test_clustered_error_is_the_error_of_item_means():
     assert share == pytest.approx(mean(means))
     assert error == pytest.approx((sum((m - share) ** 2 for m in means)) ** 0.5 / len(means))
     assert clustered([[1.0, 1.0, 1.0], [0.0]])[0] == 0.75  # each sample counts once
-    # Samples that all agree add no information to one of them.
+    # Samples that all agree count as one.
     assert clustered([[1.0] * 9, [0.0] * 9])[1] == pytest.approx(clustered([[1.0], [0.0]])[1])
     for missing in ([], [[1.0], []]):
         with pytest.raises(ValueError, match="every item needs at least one sample"):

@@ -255,7 +255,7 @@ def test_real_gsm8k_answers_are_found():
 # --------------------------------------------------------------------------------------------------------- mathematics
 
 
-# Read by hand: every other answer in these files is right.
+# Checked by hand: all other answers in these files are right.
 WRONG = {
     "math500_deepseek_r1": {"math500_0018"},
     "pilot_math500_qwen7b": {"math500_0009", "math500_0011", "math500_0018"},
