@@ -33,7 +33,7 @@ def test_training_and_held_out_problems_are_disjoint(family):
 
 
 def test_excluded_problems_are_replaced():
-    # A generator with few questions: short sums of single digits return, so some drawn questions are excluded.
+    # A generator with few questions: short sums of single digits recur, so some drawn questions are excluded.
     drawn = make_traces("chain_sum", 60, seed=0)
     excluded = {trace.problem for trace in drawn[10:20]}
     kept = make_traces("chain_sum", 60, seed=0, exclude=excluded)
