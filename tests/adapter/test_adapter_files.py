@@ -1,4 +1,4 @@
-"""The delta's files: what is written is read back bitwise, and everything malformed is named."""
+"""Adapter files: what they contain, malformed ones, fingerprints of the base, and the LoRA export."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def saved(directory, **options):
     return model, adapter
 
 
-def test_the_config_says_what_the_adapter_is_made_of(tmp_path):
+def test_config_and_tensors_describe_every_matrix(tmp_path):
     saved(tmp_path, seed=5, scale=0.25)
     header = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (header["format"], header["version"], header["seed"], header["scale"]) == ("rbfast-columns", 1, 5, 0.25)
@@ -37,7 +37,7 @@ def test_the_config_says_what_the_adapter_is_made_of(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_values_are_saved_however_they_lie_in_memory(tmp_path):
+def test_memory_layout_does_not_change_the_saved_file(tmp_path):
     _, adapter = saved(tmp_path / "rows")
     for parameter in adapter.parameters():
         parameter.data = parameter.data.T.contiguous().T
@@ -88,7 +88,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (drop_field("modules", Q), r"tensor model\.layers\.0\.self_attn\.q_proj\.A is not in the config \(3 such\)"),
     ],
 )
-def test_a_malformed_config_is_named(tmp_path, change, message):
+def test_malformed_config_is_refused(tmp_path, change, message):
     saved(tmp_path)
     file = tmp_path / "adapter_config.json"
     header = json.loads(file.read_text())
@@ -98,7 +98,7 @@ def test_a_malformed_config_is_named(tmp_path, change, message):
         adapter_files.read_adapter(tmp_path)
 
 
-def test_a_scale_may_be_a_whole_number(tmp_path):
+def test_integer_scale_is_read_as_a_float(tmp_path):
     saved(tmp_path, scale=2.0)
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"scale": 2.0', '"scale": 2'))
@@ -108,7 +108,7 @@ def test_a_scale_may_be_a_whole_number(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
-def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
+def test_config_that_is_not_a_json_object_is_refused(tmp_path, text):
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"adapter_config\.json: (not JSON|format: expected)"):
@@ -131,7 +131,7 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
         ("B", lambda t: t.index_fill(0, torch.tensor(3), float("inf")), "B: expected finite values"),
     ],
 )
-def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
+def test_malformed_tensor_is_refused_by_name(tmp_path, key, change, message):
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -141,7 +141,7 @@ def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
     assert Q in str(error.value)
 
 
-def test_tensors_that_have_changed_their_names_or_a_bit_are_seen(tmp_path):
+def test_swapped_tensor_names_and_flipped_bits_are_detected(tmp_path):
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     first, second = b"layers.0.mlp.up_proj.A", b"layers.1.mlp.up_proj.A"
@@ -155,13 +155,13 @@ def test_tensors_that_have_changed_their_names_or_a_bit_are_seen(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 10])
-def test_the_tensors_of_a_file_are_aligned(tmp_path, rank):
+def test_tensor_data_in_a_file_is_aligned(tmp_path, rank):
     saved(tmp_path, rank=rank, density=0.9)
     data = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0
 
 
-def test_a_dtype_that_torch_lacks_is_named(tmp_path):
+def test_dtype_unknown_to_torch_is_refused(tmp_path):
     saved(tmp_path)
     header = json.dumps({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -169,7 +169,7 @@ def test_a_dtype_that_torch_lacks_is_named(tmp_path):
         adapter_files.read_adapter(tmp_path)
 
 
-def test_a_width_beyond_int64_is_not_that_of_the_base(tmp_path):
+def test_width_beyond_int64_is_refused(tmp_path):
     saved(tmp_path)
     header = json.loads((tmp_path / "adapter_config.json").read_text())
     header["modules"][Q]["in_features"] = 2**70
@@ -178,7 +178,7 @@ def test_a_width_beyond_int64_is_not_that_of_the_base(tmp_path):
         SparseAdapter.from_pretrained(llama(), tmp_path)
 
 
-def test_missing_and_truncated_files_are_named(tmp_path):
+def test_missing_and_truncated_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: expected a file written by SparseAdapter"):
         adapter_files.read_adapter(tmp_path)
     saved(tmp_path)
@@ -204,7 +204,7 @@ def test_matrix_shapes_of_every_kind_of_layer():
     assert linears.matrix_view(nn.Linear(3, 5, dtype=torch.float64)) is None
 
 
-def test_the_fingerprint_agrees_across_fp32_and_bf16_and_sees_one_changed_weight():
+def test_fingerprint_ignores_dtype_and_detects_one_changed_weight():
     layer = nn.Linear(24, 40)
     before = linears.fingerprint(layer)
     assert linears.fingerprint(layer.bfloat16()) == before
@@ -213,7 +213,7 @@ def test_the_fingerprint_agrees_across_fp32_and_bf16_and_sees_one_changed_weight
     assert linears.fingerprint(layer) != before
 
 
-def test_the_fingerprint_of_a_large_weight_is_the_one_in_files_of_earlier_versions():
+def test_fingerprint_of_a_large_weight_is_stable_across_versions():
     layer = nn.Linear(96, 100)
     layer.weight = nn.Parameter(torch.arange(9600.0).view(100, 96))
     assert linears.fingerprint(layer) == "8e0fbf2b6087e097"
@@ -235,7 +235,7 @@ def test_peft_loads_the_exported_lora_and_computes_the_same(tmp_path, make, rank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_the_lora_is_fp32_whatever_the_default_dtype(tmp_path, dtype):
+def test_exported_lora_ignores_the_default_dtype(tmp_path, dtype):
     _, adapter = saved(tmp_path / "adapter")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -249,7 +249,7 @@ def test_the_lora_is_fp32_whatever_the_default_dtype(tmp_path, dtype):
 
 
 def with_single_columns(adapter):
-    """The adapter as it was placed before supports were made of runs: columns anywhere, five of each matrix."""
+    """The config and deltas of an adapter from before supports came in runs: five scattered columns of each matrix."""
     infos, deltas = {}, {}
     for name, info in adapter.config.modules.items():
         cols = torch.tensor([0, 3, 7, 11, info.in_features - 1])
@@ -259,7 +259,7 @@ def with_single_columns(adapter):
     return replace(adapter.config, modules=infos), deltas
 
 
-def test_files_with_single_columns_still_load_fold_export_and_come_off(tmp_path):
+def test_files_with_single_columns_still_load_fold_export_and_detach(tmp_path):
     model = llama()
     adapter = attach(model)
     config, deltas = with_single_columns(adapter)
@@ -270,8 +270,8 @@ def test_files_with_single_columns_still_load_fold_export_and_come_off(tmp_path)
     for name, delta in deltas.items():
         exact = original[f"{name}.weight"].double()
         exact[:, delta.cols] += delta.B.double() @ delta.A.double()
-        found = loaded.sites()[name].weight
-        assert (found.double() - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        folded = loaded.sites()[name].weight
+        assert (folded.double() - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
     loaded.save_pretrained(tmp_path / "again")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "old" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
@@ -285,7 +285,7 @@ def test_files_with_single_columns_still_load_fold_export_and_come_off(tmp_path)
     assert same_bits(snapshot(model), original)
 
 
-def test_a_lora_of_too_large_a_rank_is_refused(tmp_path):
+def test_lora_rank_above_512_is_refused(tmp_path):
     adapter = attach(llama())
     info = {name: replace(info, rank=513) for name, info in adapter.config.modules.items()}
     with pytest.raises(ValueError, match="a rank of at most 512, this adapter has 513"):

@@ -1,4 +1,4 @@
-"""An adapter's life: attached with its options, saved, loaded, moved to a device, detached, collected."""
+"""Attaching an adapter and its options; saving, loading, moving and detaching it; its garbage collection."""
 
 import copy
 import gc
@@ -73,7 +73,7 @@ def compiled_in_parts(model):
 @pytest.mark.parametrize(
     "wrap", [compiled, nn.DataParallel, lambda model: nn.DataParallel(compiled(model)), compiled_in_parts]
 )
-def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wrap):
+def test_module_names_ignore_wrappers_around_the_model(tmp_path, wrap):
     wrapped = wrap(llama())
     scores = score_columns(wrapped, [batch()], lambda model, batch: model(**batch).loss, method="activation")
     adapter = attach(wrapped, placement=scores)
@@ -89,17 +89,17 @@ def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wra
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_processes_that_would_train_adapters_of_their_own_are_warned(processes, tmp_path):
+def test_ddp_over_several_processes_warns(processes, tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             attach(nn.parallel.DistributedDataParallel(llama()))
             SparseAdapter.from_pretrained(nn.parallel.DistributedDataParallel(llama()), tmp_path)
     finally:
         torch.distributed.destroy_process_group()
-    assert [str(w.message)[:39] for w in said] == ["DistributedDataParallel does not reduce"] * 2 * (processes - 1)
+    assert [str(w.message)[:39] for w in caught] == ["DistributedDataParallel does not reduce"] * 2 * (processes - 1)
 
 
 def test_a_compiled_head_gets_no_delta():
@@ -108,7 +108,7 @@ def test_a_compiled_head_gets_no_delta():
     assert attach(model).config.modules == attach(llama(tie_word_embeddings=False)).config.modules
 
 
-def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_path):
+def test_file_for_another_model_is_refused_and_changes_nothing(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     other = llama(intermediate_size=48)
     original = snapshot(other)
@@ -124,7 +124,7 @@ def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_pat
     assert same_bits(snapshot(other), original) and all(p.requires_grad for p in other.parameters())
 
 
-def test_a_layer_that_transformers_has_made_another_module_is_named(tmp_path):
+def test_layer_that_is_no_longer_linear_is_refused_by_name(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     changed = llama()
     changed.model.layers[1].mlp.up_proj = nn.Identity()  # as Jamba's router, a Linear until transformers 5.21
@@ -132,13 +132,13 @@ def test_a_layer_that_transformers_has_made_another_module_is_named(tmp_path):
         SparseAdapter.from_pretrained(changed, tmp_path)
 
 
-def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
+def test_adapter_of_an_fp32_base_loads_onto_bf16_and_fp16_bases(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path)
 
 
-def test_an_adapter_that_goes_on_in_another_dtype_is_saved_with_it(tmp_path):
+def test_saving_records_the_dtype_of_the_current_base(tmp_path):
     attach(llama(torch.float16)).save_pretrained(tmp_path)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path).save_pretrained(tmp_path)
@@ -146,7 +146,7 @@ def test_an_adapter_that_goes_on_in_another_dtype_is_saved_with_it(tmp_path):
     assert SparseAdapter.from_pretrained(llama(), tmp_path).config == attach(llama()).config
 
 
-def test_each_matrix_is_compared_once(tmp_path, monkeypatch):
+def test_each_matrix_is_fingerprinted_once_on_load(tmp_path, monkeypatch):
     attach(llama()).save_pretrained(tmp_path)
     compared = []
     monkeypatch.setattr(adapter_files, "fingerprint", lambda matrix: compared.append(matrix) or fingerprint(matrix))
@@ -155,20 +155,20 @@ def test_each_matrix_is_compared_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_what_is_attached_in_inference_mode_trains_outside_of_it(mode):
+def test_adapter_attached_in_inference_mode_trains_outside_it(mode):
     model, other = llama(), llama()
     with torch.inference_mode():
         adapter = attach(model, mode=mode)
     assert train(model, adapter) == train(other, attach(other, mode=mode))
 
 
-def test_a_default_device_and_dtype_change_nothing(tmp_path):
+def test_default_device_and_dtype_change_nothing(tmp_path):
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
     scores = score_columns(model, [torch.ones(2, 64)], lambda model, x: model(x).square().sum())
     for placement in ("random", scores):
         plain = attach(model, placement=placement)
         plain.detach()
-        with torch.device("meta"):  # stands for a GPU: what is made there does not mix with what is on the CPU
+        with torch.device("meta"):  # stands for a GPU: its tensors do not mix with those on the CPU
             torch.set_default_dtype(torch.float16)
             try:
                 adapter = attach(model, placement=placement)
@@ -180,7 +180,7 @@ def test_a_default_device_and_dtype_change_nothing(tmp_path):
         assert same_bits(adapter.state_dict(), plain.state_dict())
 
 
-def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
+def test_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
     model = llama()
     original, first = snapshot(model), attach(model)
     first.save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
         with pytest.raises(ValueError, match=r"takes one at a time: call its detach\(\) or merge\(\)"):
             again(model)
     first.merge()
-    for size in (0.0, 0.1):  # a second one without a change yet, on the same columns, and one with
+    for size in (0.0, 0.1):  # a second adapter on the same columns, without and with a change
         second = attach(model)
         disturb(second, size)
         with pytest.raises(RuntimeError, match=r"another adapter is attached at model\.layers\.0\.self_attn\.q_proj"):
@@ -201,7 +201,7 @@ def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 @pytest.mark.parametrize("options", [{"seed": 1}, {"support": 8, "rank": 1}])
-def test_a_state_of_other_columns_is_refused_before_anything_is_written(mode, options):
+def test_state_with_other_columns_is_refused_before_any_write(mode, options):
     other = attach(llama(), **options)
     disturb(other)
     model = llama()
@@ -217,7 +217,7 @@ def test_a_state_of_other_columns_is_refused_before_anything_is_written(mode, op
     assert same_bits(snapshot(model), original)
 
 
-def test_states_that_do_not_fit_are_refused():
+def test_unmerge_before_merge_and_calls_after_detach_are_refused():
     adapter = attach(llama())
     with pytest.raises(RuntimeError, match="cannot unmerge this adapter: it must be merged, and it is attached"):
         adapter.unmerge()
@@ -227,7 +227,7 @@ def test_states_that_do_not_fit_are_refused():
             action()
 
 
-def test_copying_and_pickling_are_refused_with_the_way_out():
+def test_deepcopy_is_refused_until_merged():
     model = llama()
     adapter = attach(model)
     for refused in (model, adapter):
@@ -237,26 +237,26 @@ def test_copying_and_pickling_are_refused_with_the_way_out():
     copy.deepcopy(model)
 
 
-def test_the_name_of_a_model_is_no_model():
+def test_model_given_by_name_is_refused():
     for call in (SparseAdapter.attach, lambda model: SparseAdapter.from_pretrained(model, "adapter/")):
         with pytest.raises(TypeError, match="expected a model, such as load_student returns, got str"):
             call("smollm2-135m")
 
 
 @pytest.mark.parametrize("end", ["merge", "detach"])
-def test_an_optimizer_that_trains_an_adapter_of_no_model_warns(end):
+def test_training_a_merged_or_detached_adapter_warns(end):
     model = llama()
     adapter = attach(model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
     model(**batch()).loss.backward()
     getattr(adapter, end)()
-    with pytest.warns(UserWarning, match=f"trains an adapter that is {end.removesuffix('e')}ed, which") as found:
+    with pytest.warns(UserWarning, match=f"trains an adapter that is {end.removesuffix('e')}ed, which") as caught:
         optimizer.step()
-    assert found[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error:an optimizer trains an adapter")
-def test_an_optimizer_may_hold_an_adapter_of_no_model_beside_others():
+def test_optimizer_may_hold_a_detached_adapter_among_others():
     model, other = llama(), llama()
     old, side = attach(model), attach(other)
     optimizer = torch.optim.AdamW([*old.parameters(), *side.parameters()], lr=0.05)
@@ -267,11 +267,11 @@ def test_an_optimizer_may_hold_an_adapter_of_no_model_beside_others():
     train(model, new, optimizer=optimizer)
     train(other, side, optimizer=optimizer)
     model(**batch()).loss.backward()
-    new.detach()  # with gradients, which nothing steps
+    new.detach()  # with gradients that no optimizer steps
     train(other, side)
 
 
-def test_a_forgotten_adapter_and_its_model_are_collected():
+def test_unreferenced_adapter_and_model_are_garbage_collected():
     gc.collect()
     others = len(sparse_adapter._ADAPTERS)
     model = llama()
@@ -284,7 +284,7 @@ def test_a_forgotten_adapter_and_its_model_are_collected():
     assert len(sparse_adapter._ADAPTERS) == others
 
 
-def test_a_layer_whose_forward_was_replaced_is_collected():
+def test_layer_with_a_replaced_forward_is_garbage_collected():
     model = llama()
     layer = model.model.layers[0].mlp.up_proj
     layer.forward = MethodType(nn.Linear.forward, layer)
@@ -295,7 +295,7 @@ def test_a_layer_whose_forward_was_replaced_is_collected():
     assert alive() is None
 
 
-def test_an_adapter_may_be_collected_during_a_step():
+def test_adapter_may_be_garbage_collected_during_a_step():
     def collect(*step) -> None:
         forgotten.clear()
         gc.collect()
@@ -326,7 +326,7 @@ def test_parameters_are_fp32_named_after_their_matrix_and_counted(capsys):
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
-    """Without another device at hand: a fake weight that says it is on a GPU, and the move it asks for."""
+    """Needs no second device: the fake weight claims to be on a GPU, and moves are recorded, not made."""
     model = llama()
     adapter = attach(model, mode=mode)
     moves = []
@@ -335,13 +335,13 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
     model(**batch())
     site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="meta"), requires_grad=False)
     site._pre_forward(site.linear, ())
-    assert moves == []  # a weight that is offloaded for now takes nothing with it
+    assert moves == []  # a weight that is offloaded for a while moves nothing
     with FakeTensorMode():
         site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
     site._pre_forward(site.linear, ())
     assert moves == [torch.device("cuda:1")]
-    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):  # the fake one is none
-        _ = site.weight  # as merge() reads it, if no forward ran since
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):  # which the fake one is not
+        _ = site.weight  # as merge() reads it if no forward has run since
     assert moves == [torch.device("cuda:1")] * 2
 
 
@@ -354,7 +354,7 @@ def test_an_offloaded_base_runs_and_trains_its_delta(is_attached_before, tmp_pat
     accelerate.disk_offload(model.model.layers[0], tmp_path / "weights", torch.device("cpu"))
     accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
     up_proj = model.model.layers[1].mlp.up_proj
-    accelerate.hooks.add_hook_to_module(up_proj, accelerate.hooks.ModelHook(), append=True)  # a second one
+    accelerate.hooks.add_hook_to_module(up_proj, accelerate.hooks.ModelHook(), append=True)  # a second hook
     if not is_attached_before:
         adapters.append(attach(model))
     assert all(site.linear.weight.is_meta for site in adapters[1].sites().values())
@@ -366,7 +366,7 @@ def test_an_offloaded_base_runs_and_trains_its_delta(is_attached_before, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
+def test_delta_moved_to_another_device_returns_to_its_base(monkeypatch):
     model = llama()
     site = next(iter(attach(model, mode="side").sites().values()))
     moves = []
@@ -409,7 +409,7 @@ def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
     assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_attaching_that_fails_half_way_leaves_nothing_behind():
+def test_failed_attach_leaves_nothing_behind():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))  # cannot be written to
     original = snapshot(model)
@@ -420,7 +420,7 @@ def test_attaching_that_fails_half_way_leaves_nothing_behind():
     attach(model, density=0.9, mode="side")
 
 
-def test_a_model_may_call_its_parts_as_an_adapter_calls_its_own(tmp_path):
+def test_submodules_may_share_names_with_adapter_attributes(tmp_path):
     class Named(nn.Module):
         def __init__(self):
             super().__init__()
@@ -445,7 +445,7 @@ def test_a_model_may_call_its_parts_as_an_adapter_calls_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("place", [str, Path])
-def test_an_unknown_placement_is_refused_with_the_valid_ones(tmp_path, place):
+def test_unknown_placement_is_refused_with_the_valid_values(tmp_path, place):
     for name in ("foo", tmp_path):
         message = re.escape(f'unknown placement {str(name)!r}: use "random", ColumnScores (from ')
         with pytest.raises(FileNotFoundError, match=message + ".* or the path of a score file"):
@@ -462,7 +462,7 @@ def test_a_model_in_fp64_is_refused():
         attach(llama(torch.float64))
 
 
-def test_columns_are_random_unless_said_otherwise():
+def test_default_placement_is_random():
     adapter, same = SparseAdapter.attach(llama(), density=0.05), attach(llama(), density=0.05, placement="random")
     assert adapter.config.placement == "random"
     assert all(torch.equal(site.cols, same.sites()[name].cols) for name, site in adapter.sites().items())
@@ -476,7 +476,7 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
     assert losses[4] < losses[0]  # the same batch
 
 
-def test_a_model_whose_products_are_split_over_processes_is_refused():
+def test_tensor_parallel_model_is_refused():
     model = llama()
     model._tp_size = 2  # as transformers sets it for tp_plan="auto"
     with pytest.raises(ValueError, match=r"split over 2 processes by tensor parallelism, .* without tp_plan"):

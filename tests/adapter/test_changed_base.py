@@ -1,4 +1,4 @@
-"""What happens to a base behind a delta's back, and to a delta that is not finite: right, or a clear error."""
+"""Base weights that change while an adapter is attached, and deltas that are not finite: handled exactly or refused."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_an_adapter_is_never_cast(cast, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_model_cast_after_attaching_merges_to_what_ran(make, dtype):
+def test_model_cast_after_attaching_merges_to_the_weights_that_ran(make, dtype):
     model = make()
     adapter = attach(model)
     disturb(adapter)
@@ -40,7 +40,7 @@ def test_a_model_cast_after_attaching_merges_to_what_ran(make, dtype):
     assert same_bits(snapshot(model), snapshot(make(dtype)))
 
 
-def test_a_model_cast_and_cast_back_comes_apart_as_the_plain_one_would():
+def test_detach_after_a_cast_and_back_matches_the_plain_model():
     model = llama()
     adapter = attach(model)
     disturb(adapter)
@@ -50,7 +50,7 @@ def test_a_model_cast_and_cast_back_comes_apart_as_the_plain_one_would():
     assert same_bits(snapshot(model), snapshot(llama().bfloat16().float()))
 
 
-def test_a_model_cast_to_what_cannot_be_folded_says_so():
+def test_cast_to_a_dtype_that_cannot_be_folded_is_refused():
     model = llama()
     attach(model)
     model.double()
@@ -58,7 +58,7 @@ def test_a_model_cast_to_what_cannot_be_folded_says_so():
         model(**batch())
 
 
-def test_a_weight_that_is_flattened_says_so():
+def test_flattened_weight_is_refused():
     model = llama()
     adapter = attach(model)
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -69,12 +69,12 @@ def test_a_weight_that_is_flattened_says_so():
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign):
+def test_loading_base_weights_keeps_the_delta(make, assign):
     model, base = make(), snapshot(make())
     adapter = attach(model)
     disturb(adapter)
     trained = snapshot(model)
-    for state in (base, trained):  # the base's own file, and one saved with the delta in it
+    for state in (base, trained):  # the base's own weights, and those with the delta folded in
         model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=assign)
         assert same_bits(snapshot(model), trained)
     with adapter.disabled():
@@ -88,7 +88,7 @@ def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign)
 
 @pytest.mark.parametrize("source", ["base", "trained"])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_weights_assigned_in_bf16_are_a_cast_and_those_of_a_wider_type_are_refused(make, source):
+def test_assigning_bf16_weights_casts_and_wider_ones_are_refused(make, source):
     model, cast = make(), make(torch.bfloat16)
     base, adapter = snapshot(cast), attach(model)
     disturb(adapter)
@@ -102,7 +102,7 @@ def test_weights_assigned_in_bf16_are_a_cast_and_those_of_a_wider_type_are_refus
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
+def test_state_dict_with_the_adapter_restores_base_and_adapter(make, assign):
     model = make()
     model.adapter = attach(model)
     disturb(model.adapter, seed=1)
@@ -115,7 +115,7 @@ def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
         model.load_state_dict(state | {f"{name}.weight": state[f"{name}.weight"] + 0.5})
 
 
-def test_a_state_whose_names_of_the_adapter_transformers_has_changed_is_refused():
+def test_state_with_adapter_keys_renamed_by_transformers_is_refused():
     model = llama()
     model.adapter = attach(model)
     state = {name.replace("model.", "backbone."): tensor for name, tensor in snapshot(model).items()}  # as NemotronH's
@@ -125,7 +125,7 @@ def test_a_state_whose_names_of_the_adapter_transformers_has_changed_is_refused(
     model.load_state_dict(part, strict=False)
 
 
-def test_weights_of_another_base_are_refused_and_nothing_is_lost():
+def test_weights_of_another_base_are_refused_and_trained_ones_kept():
     model = llama()
     base = snapshot(model)
     adapter = attach(model)
@@ -139,7 +139,7 @@ def test_weights_of_another_base_are_refused_and_nothing_is_lost():
 
 
 @pytest.mark.parametrize("end", ["detach", "merge"])
-def test_an_adapter_that_is_off_its_model_writes_nothing_as_the_model_loads_it(end):
+def test_merged_or_detached_adapter_writes_nothing_when_the_model_loads(end):
     model = llama()
     model.adapter = attach(model)
     disturb(model.adapter)
@@ -149,7 +149,7 @@ def test_an_adapter_that_is_off_its_model_writes_nothing_as_the_model_loads_it(e
     assert same_bits(snapshot(model), state)
 
 
-def test_weights_of_another_shape_are_named_by_torch():
+def test_weight_of_another_shape_raises_torchs_own_error():
     model = llama()
     attach(model)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -157,7 +157,7 @@ def test_weights_of_another_shape_are_named_by_torch():
         model.load_state_dict(snapshot(model) | {name: torch.zeros(40, 4)})
 
 
-def test_weights_that_were_on_meta_for_a_while_get_their_delta_back():
+def test_weights_loaded_after_a_stay_on_meta_regain_their_delta():
     model, base = llama(), snapshot(llama())
     disturb(attach(model))
     trained = snapshot(model)
@@ -166,7 +166,7 @@ def test_weights_that_were_on_meta_for_a_while_get_their_delta_back():
     assert same_bits(snapshot(model), trained)
 
 
-def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
+def test_in_place_weight_change_is_detected_by_forward_and_merge():
     model = llama()
     adapter = attach(model)
     disturb(adapter)
@@ -178,25 +178,25 @@ def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
     assert torch.equal(weight, trained)
     with torch.no_grad():
         weight.mul_(2)
-    site.A.data = site.A.data.clone()  # as a move does: no reason not to look at the weight
+    site.A.data = site.A.data.clone()  # as a move does: the weight must be checked all the same
     for act in (lambda: model(**batch()), adapter.merge):
         with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
             act()
 
 
-def test_a_weight_that_another_takes_the_place_of_is_seen_by_the_next_forward():
+def test_replaced_weight_is_detected_by_the_next_forward():
     model, base = llama(), llama()
     disturb(attach(model))
     layer, theirs = (m.model.layers[1].mlp.up_proj for m in (model, base))
     model(**batch())
     trained, version = layer.weight.clone(), layer.weight._version
     layer.weight = theirs.weight.requires_grad_(False)
-    assert layer.weight._version == version  # so only the tensor itself tells
+    assert layer.weight._version == version  # so only the identity of the tensor shows the change
     model(**batch())
     assert torch.equal(layer.weight, trained)
 
 
-def test_a_weight_that_its_layer_computes_from_now_on_is_refused():
+def test_weight_parametrized_after_attaching_is_refused():
     model = llama()
     attach(model)
     model(**batch())
@@ -205,21 +205,21 @@ def test_a_weight_that_its_layer_computes_from_now_on_is_refused():
         model(**batch())
 
 
-def test_a_forward_after_which_nothing_changed_compares_no_weights(monkeypatch):
+def test_forward_without_changes_compares_no_weights(monkeypatch):
     model = llama()
     adapter = attach(model)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     model(**batch()).loss.backward()
-    looks = []
-    monkeypatch.setattr(ColumnDelta, "fold_if_stale", lambda site: looks.append(site))
+    compared = []
+    monkeypatch.setattr(ColumnDelta, "fold_if_stale", lambda site: compared.append(site))
     model(**batch())
-    optimizer.step()  # folds, and knows what it wrote
+    optimizer.step()  # folds, and records what it wrote
     model(**batch())
-    assert looks == []
+    assert compared == []
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(2)
     model(**batch())
-    assert looks == [adapter.sites()["model.layers.1.mlp.up_proj"]]
+    assert compared == [adapter.sites()["model.layers.1.mlp.up_proj"]]
 
 
 def test_an_optimizer_may_hold_frozen_weights():
@@ -231,12 +231,12 @@ def test_an_optimizer_may_hold_frozen_weights():
     assert train(model, model.adapter, optimizer=held) == train(other, adapter)
 
 
-def test_an_optimizer_may_hold_the_frozen_weight_of_a_layer_that_does_not_run():
+def test_optimizer_may_hold_the_frozen_weight_of_an_idle_layer():
     model = nn.ModuleDict({"runs": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
     model.adapter = attach(model, density=0.5)
     held = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="1 of 2 matrices got no gradient"):
-        for _ in range(3):  # after the first step that weight has a gradient for a while, to see if it is used
+        for _ in range(3):  # after the first step that weight gets gradients for a while, to see if it is used
             model["runs"](torch.ones(2, 8)).square().sum().backward()
             held.step()
             held.zero_grad()
@@ -255,7 +255,7 @@ def test_an_optimizer_that_trains_a_folded_weight_is_refused():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["A", "B"])
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_delta_that_is_not_finite_is_neither_saved_nor_exported_nor_merged(mode, part, value, tmp_path):
+def test_non_finite_delta_is_not_saved_exported_or_merged(mode, part, value, tmp_path):
     model = llama()
     original = snapshot(model)
     adapter = attach(model, mode=mode)

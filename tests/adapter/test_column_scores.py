@@ -1,4 +1,4 @@
-"""Scores: what the hooks add up against the definitions, groups found in the forward, files, and the placement made."""
+"""Column scores: each method against its definition, groups found in the forward, score files, and placement."""
 
 import json
 
@@ -21,7 +21,7 @@ def loss_fn(model, inputs):
 
 
 def dense_gradients(model, matrix):
-    """The weight's gradient by autograd, one per batch."""
+    """The gradients of the weight by autograd, one per batch."""
     weight = model.get_parameter(f"{matrix}.weight")
     return [torch.autograd.grad(loss_fn(model, inputs), weight)[0] for inputs in BATCHES]
 
@@ -58,7 +58,7 @@ def test_scores_name_their_model():
     assert score_columns(model, BATCHES, loss_fn).base_model_name_or_path == "owner/model"
 
 
-def test_the_first_layer_is_scored_though_everything_before_it_is_frozen():
+def test_first_layer_is_scored_with_everything_before_it_frozen():
     model = llama()
     matrix = "model.layers.0.self_attn.q_proj"
     expected = sum(gradient.square().sum(0) for gradient in dense_gradients(model, matrix))
@@ -90,15 +90,15 @@ def test_a_bf16_model_is_scored_in_fp32(method):
     torch.testing.assert_close(scores.columns["linear"], expected[method])
 
 
-def test_an_output_may_be_changed_in_place():
+def test_output_changed_in_place_scores_the_same():
     model, plain = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 4)) for inplace in (True, False))
     plain.load_state_dict(model.state_dict())
     x = torch.randn(5, 8)
-    found = [score_columns(m, [x], lambda m, x: m(x).square().sum()).columns["0"] for m in (model, plain)]
-    assert torch.equal(*found)
+    columns = [score_columns(m, [x], lambda m, x: m(x).square().sum()).columns["0"] for m in (model, plain)]
+    assert torch.equal(*columns)
 
 
-def test_an_input_that_was_changed_in_place_is_another_one():
+def test_input_changed_in_place_starts_a_new_group():
     def loss(model, x):
         y, x = model["a"](x), x.clone()
         return y.sum() + model["b"](x).sum() + model["c"](x.mul_(2)).sum()
@@ -108,7 +108,7 @@ def test_an_input_that_was_changed_in_place_is_another_one():
     assert [shapes[name].group for name in "abc"] == [0, 1, 2]
 
 
-def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
+def test_matrices_with_the_same_input_share_a_group_and_its_columns():
     scores = score_columns(llama(), BATCHES, loss_fn)
     groups = {}
     for name, shape in scores.shapes.items():
@@ -125,7 +125,7 @@ def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
     assert torch.equal(q.cols, k.cols) and not torch.equal(q.cols, o.cols)
 
 
-def test_the_runs_with_the_highest_group_score_are_taken_and_A_starts_small():
+def test_runs_with_the_highest_group_score_win_and_A_starts_small():
     scores = score_columns(llama(), BATCHES, loss_fn)
     adapter = SparseAdapter.attach(llama(), density=0.1, placement=scores)
     total = sum(scores.columns[f"model.layers.0.self_attn.{kind}_proj"] for kind in "qkv")
@@ -158,7 +158,7 @@ def test_scoring_and_placement_are_deterministic_and_survive_a_file(tmp_path, me
     assert list(tmp_path.iterdir()) == [tmp_path / "scores.safetensors"]
 
 
-def test_the_model_is_left_as_it_was():
+def test_scoring_leaves_the_model_unchanged():
     model = llama()
     model.model.norm.weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_scores_the_same():
     assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
 
 
-def test_a_model_that_ran_compiled_scores_as_one_that_did_not():
+def test_compiled_model_scores_the_same():
     model = llama().requires_grad_(False)
     plain = score_columns(model, BATCHES, loss_fn)
     compiled = torch.compile(model, backend="aot_eager")
@@ -199,7 +199,7 @@ def test_a_matrix_that_never_ran_scores_zero():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_expert_that_no_token_of_a_batch_reached_scores_nothing_there(method):
+def test_batch_without_tokens_for_an_expert_adds_nothing_to_its_score(method):
     model = nn.ModuleDict({"router": nn.Linear(8, 8), "expert": nn.Linear(8, 4)})
 
     def loss(model, rows):
@@ -219,7 +219,7 @@ def test_a_single_vector_scores_as_one_row(method):
     assert torch.equal(alone.columns["0"], row.columns["0"]) and row.columns["0"].all()
 
 
-def test_activations_are_scored_in_inference_mode_too():
+def test_activations_are_scored_in_inference_mode():
     model, options = llama(), {"method": "activation"}
     plain = score_columns(model, BATCHES, loss_fn, **options)
     with torch.inference_mode():
@@ -236,7 +236,7 @@ def test_activations_are_scored_in_inference_mode_too():
         (BATCHES, lambda m, b: loss_fn(m, b).detach(), "the loss has no gradient"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(batches, loss, message):
+def test_missing_batches_and_unusable_losses_are_refused(batches, loss, message):
     with pytest.raises(ValueError, match=message):
         score_columns(llama(), batches, loss)
 
@@ -257,13 +257,13 @@ def test_scores_of_another_model_are_refused():
         SparseAdapter.attach(family("qwen3-moe", num_experts=6, num_local_experts=6), density=0.1, placement=scores)
 
 
-def test_malformed_score_files_are_named(tmp_path):
+def test_malformed_score_files_are_refused(tmp_path):
     file = tmp_path / "scores.safetensors"
     with pytest.raises(FileNotFoundError, match="expected a file of scores"):
         ColumnScores.load(file)
     score_columns(llama(), BATCHES[:1], loss_fn).save(file)
     whole = file.read_bytes()
-    dtype = json.dumps({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()  # one that torch lacks
+    dtype = json.dumps({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()  # unknown to torch
     for broken in (whole[:-9], len(dtype).to_bytes(8, "little") + dtype + bytes(4)):
         file.write_bytes(broken)
         with pytest.raises(ValueError, match="not a complete safetensors file"):

@@ -1,4 +1,4 @@
-"""Stacks of experts: their deltas learn what the gradient of the whole weight says, and their module runs as before."""
+"""Deltas of expert stacks: gradients against those of the whole weights, scores, saving, offloading, and refusals."""
 
 import copy
 import warnings
@@ -36,7 +36,7 @@ def loss_of(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_gradients_are_those_of_the_whole_weights(name):
+def test_gradients_match_those_of_the_whole_weights(name):
     """dA = B^T dW and dB = dW A^T, on the columns, dW by autograd through the model's own forward."""
     model, adapter = family(name), None
     adapter = attach(model, density=0.2)
@@ -52,13 +52,13 @@ def test_its_gradients_are_those_of_the_whole_weights(name):
     for key, site in stacks.items():
         grad = plain.get_parameter(key).grad
         columns = (grad.mT if site.linear.is_transposed else grad)[..., site.cols]
-        for found, expected in ((site.A.grad, site.B.mT @ columns), (site.B.grad, columns @ site.A.mT)):
-            assert (found - expected).norm() <= 64 * EPS * expected.norm()
+        for actual, expected in ((site.A.grad, site.B.mT @ columns), (site.B.grad, columns @ site.A.mT)):
+            assert (actual - expected).norm() <= 64 * EPS * expected.norm()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", ["gradient", "factored", "activation"])
-def test_its_columns_are_scored_expert_by_expert(name, method):
+def test_column_scores_sum_over_experts(name, method):
     model = family(name)
     before = snapshot(model)
     scores = score_columns(model, [batch()], lambda model, _: loss_of(model), method=method)
@@ -81,7 +81,7 @@ def test_its_columns_are_scored_expert_by_expert(name, method):
 
 
 @pytest.mark.parametrize("method", ["factored", "activation"])
-def test_a_token_counts_the_same_whichever_expert_it_goes_to(method):
+def test_scores_do_not_depend_on_which_expert_a_token_reaches(method):
     experts = family("mixtral").model.layers[0].mlp.experts
     for weight in experts.parameters():
         weight.data[1:] = weight.data[0]
@@ -94,7 +94,7 @@ def test_a_token_counts_the_same_whichever_expert_it_goes_to(method):
     torch.testing.assert_close(one.columns, two.columns)
 
 
-def test_a_model_without_its_adapter_runs_its_own_forward():
+def test_detach_restores_the_own_forward_of_experts():
     model = family("qwen3-moe")
     adapter = attach(model)
     assert all("forward" in module.__dict__ for module in experts_of(model).values())
@@ -108,7 +108,7 @@ def test_an_optimizer_that_trains_the_weight_of_a_stack_is_refused(mode):
     model = family("mixtral")
     model.adapter = attach(model, mode=mode)
     optimizer = torch.optim.AdamW(model.parameters())
-    for _ in range(3):  # a token alone leaves experts idle, and the watch looks at what they hold
+    for _ in range(3):  # one token leaves experts idle, and idle weights are checked for use elsewhere
         model(input_ids=torch.tensor([[3]]), use_cache=False).logits.square().mean().backward()
         optimizer.step()
     model.get_parameter("model.layers.0.mlp.experts.down_proj").requires_grad_(True)
@@ -119,7 +119,7 @@ def test_an_optimizer_that_trains_the_weight_of_a_stack_is_refused(mode):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_holds_its_adapter_is_saved_with_it(name, tmp_path):
-    """As a Trainer saves its checkpoints; transformers saves the experts one by one."""
+    """As a Trainer saves its checkpoints. transformers saves the experts one by one."""
     model = family(name)
     model.adapter = attach(model)
     disturb(model.adapter)
@@ -132,7 +132,7 @@ def test_a_model_that_holds_its_adapter_is_saved_with_it(name, tmp_path):
     assert same_bits(model.adapter.state_dict(), held)
 
 
-def test_a_second_adapter_is_refused_wherever_the_first_one_is():
+def test_two_adapters_on_one_stack_are_refused():
     model, targets = family("mixtral"), r".*experts\..*_proj"
     first = attach(model, targets=targets)
     disturb(first)
@@ -147,7 +147,7 @@ def test_a_second_adapter_is_refused_wherever_the_first_one_is():
     assert same_bits(snapshot(model), snapshot(family("mixtral")))
 
 
-def test_a_token_reaches_no_expert_but_its_own():
+def test_a_token_gives_gradients_to_its_own_experts_only():
     model = family("mixtral")
     adapter = attach(model)
     disturb(adapter)
@@ -156,14 +156,14 @@ def test_a_token_reaches_no_expert_but_its_own():
     assert (site.B.grad.flatten(1).abs().amax(1) > 0).sum() == 2 == model.config.num_experts_per_tok
 
 
-def test_its_values_count_for_every_expert():
+def test_budget_counts_the_values_of_every_expert():
     model = family("mixtral")
     adapter = attach(model, density=0.05)
     assert sum(p.numel() for p in adapter.parameters()) <= 0.05 * count_parameters(model)
     assert sum(line.values for line in adapter.summary()) == sum(p.numel() for p in adapter.parameters())
 
 
-def test_a_large_mixture_keeps_an_eighth_of_its_experts_at_most():
+def test_large_mixture_takes_at_most_an_eighth_of_its_inputs():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("qwen3_moe", hidden_size=2048, num_hidden_layers=2, moe_intermediate_size=768)
@@ -183,14 +183,14 @@ def test_targets_name_stacks_by_their_parameters():
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
 
 
-def test_experts_that_run_otherwise_get_no_delta_and_a_word():
+def test_experts_with_another_forward_get_no_delta_and_a_warning():
     model = family("mixtral")
     model.model.layers[1].mlp.experts.__class__ = Doubled
     with pytest.warns(UserWarning) as warned:
         adapter = attach(model)
-    said = " ".join(str(w.message) for w in warned)
-    assert "2 stacks of experts (the first is model.layers.1.mlp.experts.gate_up_proj)" in said
-    assert "a Doubled, which does more to its experts than multiply and gate" in said
+    messages = " ".join(str(w.message) for w in warned)
+    assert "2 stacks of experts (the first is model.layers.1.mlp.experts.gate_up_proj)" in messages
+    assert "a Doubled, which does more to its experts than multiply and gate" in messages
     assert "model.layers.0.mlp.experts.down_proj" in adapter.sites()
     assert "model.layers.1.mlp.experts.down_proj" in adapter.left_out
     adapter.detach()
@@ -205,44 +205,44 @@ def test_experts_that_run_otherwise_get_no_delta_and_a_word():
         (lambda experts: accelerate.cpu_offload(experts, torch.device("cpu")), "whose forward was replaced"),
     ],
 )
-def test_experts_that_are_elsewhere_can_have_no_delta(change, reason):
+def test_offloaded_or_expert_parallel_stacks_are_refused(change, reason):
     model = family("mixtral")
     change(model.model.layers[1].mlp.experts)
     with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.experts\.gate_up_proj .*{reason}"):
         attach(model, targets=r".*experts\..*_proj")
 
 
-def test_experts_in_packed_matrices_are_no_stacks():
+def test_packed_expert_matrices_are_not_stacks():
     experts = family("mixtral").model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(torch.zeros(96, 1, dtype=torch.uint8), requires_grad=False)
     assert stacks_of(experts) == {}
 
 
-def test_stacks_of_one_width_have_columns_of_their_own():
+def test_stacks_of_equal_width_get_separate_groups():
     shapes = group_siblings(select_linears(family("mixtral", intermediate_size=32), r".*experts\..*_proj"))
     assert {shape.in_features for shape in shapes.values()} == {32}
     assert len({shape.group for shape in shapes.values()}) == len(shapes) == 4
 
 
-def test_a_base_that_was_changed_behind_it_is_taken_or_refused():
+def test_loading_other_expert_weights_is_refused_and_a_cast_accepted():
     model = family("gpt-oss")
     base = snapshot(model)
     adapter = attach(model)
     disturb(adapter)
-    written = loss_of(model)
-    model.load_state_dict(base)  # the base's own values: the delta stays
-    assert torch.equal(loss_of(model), written)
+    trained = loss_of(model)
+    model.load_state_dict(base)  # equal to the base, so the delta stays
+    assert torch.equal(loss_of(model), trained)
     other = {key: value + 1 if key.endswith("experts.down_proj") else value for key, value in base.items()}
     with pytest.raises(RuntimeError, match=r"experts\.down_proj: the weight of a GptOssExperts was changed"):
         model.load_state_dict(other)
     with adapter.disabled():
         assert same_bits(snapshot(model), base)
     model.to(torch.bfloat16)
-    assert loss_of(model).item() == pytest.approx(written.item(), rel=0.05)
+    assert loss_of(model).item() == pytest.approx(trained.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_accelerate_may_offload_it_once_it_is_attached(mode):
+def test_accelerate_may_offload_after_attaching(mode):
     model = family("mixtral")
     adapter = attach(model, mode=mode)
     disturb(adapter)
@@ -256,7 +256,7 @@ def test_accelerate_may_offload_it_once_it_is_attached(mode):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_token_at_all_gives_none(name):
+def test_experts_accept_zero_tokens(name):
     model = family(name)
     attach(model)
     for experts in experts_of(model).values():
@@ -264,7 +264,7 @@ def test_no_token_at_all_gives_none(name):
         assert y.shape == (0, 32)
 
 
-def test_experts_are_tried_as_they_are_when_they_are_attached():
+def test_attach_checks_experts_in_their_current_state():
     model, targets = family("mixtral"), r".*experts\..*_proj"
     with torch.autocast("cpu", torch.bfloat16):
         attach(model, targets=targets).detach()
@@ -280,13 +280,13 @@ def test_experts_are_tried_as_they_are_when_they_are_attached():
         attach(other, targets=targets)
 
 
-def test_an_adapter_of_other_experts_is_refused(tmp_path):
+def test_adapter_for_another_number_of_experts_is_refused(tmp_path):
     attach(family("mixtral")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 4 experts, not 8"):
         SparseAdapter.from_pretrained(family("mixtral", num_experts=8, num_local_experts=8), tmp_path)
 
 
-def test_a_layer_that_counts_something_is_no_stack(tmp_path):
+def test_layer_with_a_count_attribute_is_not_a_stack(tmp_path):
     model = llama()
     model.model.layers[0].self_attn.q_proj.count = 7
     adapter = attach(model)
@@ -296,7 +296,7 @@ def test_a_layer_that_counts_something_is_no_stack(tmp_path):
     SparseAdapter.from_pretrained(model, tmp_path)
 
 
-def test_a_stack_is_no_part_of_its_model():
+def test_stacks_add_no_modules_or_keys_to_the_model():
     model = family("mixtral")
     keys, modules = list(model.state_dict()), len(list(model.modules()))
     attach(model)

@@ -1,4 +1,4 @@
-"""A delta folded into its weight: after every step, merged, disabled, unhooked, and the base's bits back afterwards."""
+"""Deltas folded into their weights: after each step, merged, disabled or unhooked; and the base restored bitwise."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_is_bitwise_what_was_trained_with_and_unmerged_bitwise_the_original(name, dtype):
+def test_merge_and_unmerge_are_bitwise_exact(name, dtype):
     model = MODELS[name](dtype)
     original = snapshot(model)
     adapter = attach(model)
@@ -32,7 +32,7 @@ def test_merged_is_bitwise_what_was_trained_with_and_unmerged_bitwise_the_origin
     assert same_bits(snapshot(model), original)
 
 
-def test_merging_an_adapter_beside_plain_weights_folds_it_exactly_as_fold_does():
+def test_merging_a_side_adapter_matches_fold_mode_bitwise():
     states = {}
     for mode in ("fold", "side"):
         model = llama(torch.bfloat16)
@@ -47,7 +47,7 @@ def test_merging_an_adapter_beside_plain_weights_folds_it_exactly_as_fold_does()
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_disabled_is_bitwise_the_base_nests_and_survives_exceptions(mode):
+def test_disabled_restores_the_base_nests_and_survives_exceptions(mode):
     model = llama(torch.bfloat16)
     original, base_logits = snapshot(model), model(**batch()).logits
     adapter = attach(model, mode=mode)
@@ -65,7 +65,7 @@ def test_disabled_is_bitwise_the_base_nests_and_survives_exceptions(mode):
     assert torch.equal(model(**batch()).logits, logits)
 
 
-def test_a_backward_within_disabled_of_a_forward_before_it_is_refused():
+def test_backward_inside_disabled_of_an_earlier_forward_is_refused():
     model = llama()
     adapter = attach(model)
     disturb(adapter)
@@ -116,7 +116,7 @@ def test_detaching_while_disabled_leaves_the_base():
 
 
 @pytest.mark.parametrize("end", ["merge", "detach"])
-def test_an_adapter_that_is_off_the_model_writes_nothing_into_it(end):
+def test_merged_or_detached_adapter_never_writes_to_the_model(end):
     model = llama()
     adapter = attach(model)
     state = copy.deepcopy(adapter.state_dict())
@@ -131,7 +131,7 @@ def test_an_adapter_that_is_off_the_model_writes_nothing_into_it(end):
     assert same_bits(snapshot(model), left) and not same_bits(adapter.state_dict(), state)
 
 
-def test_nothing_is_unmerged_from_weights_that_were_changed_since():
+def test_unmerge_is_refused_if_weights_changed_after_merge():
     model = llama()
     adapter = attach(model)
     adapter.merge()
@@ -142,7 +142,7 @@ def test_nothing_is_unmerged_from_weights_that_were_changed_since():
 
 
 @pytest.mark.filterwarnings("ignore:an optimizer trains an adapter that is merged")
-def test_unmerge_says_that_the_adapter_was_trained_after_the_merge():
+def test_unmerge_is_refused_if_the_adapter_trained_after_merge():
     model = llama()
     adapter = attach(model)
     disturb(adapter)
@@ -175,7 +175,7 @@ def test_every_optimizer_step_is_folded_at_once(kind):
     assert is_folded(adapter) and not same_bits(snapshot(model), before)
 
 
-def test_a_step_is_folded_though_nobody_keeps_the_adapter():
+def test_step_is_folded_without_a_reference_to_the_adapter():
     model = llama()
     optimizer = torch.optim.AdamW(attach(model).parameters(), lr=0.05)
     gc.collect()
@@ -185,7 +185,7 @@ def test_a_step_is_folded_though_nobody_keeps_the_adapter():
     assert not same_bits(before, snapshot(model))
 
 
-def test_an_optimizer_in_the_backward_is_an_error_of_autograd():
+def test_optimizer_step_during_backward_fails_in_autograd():
     model = llama()
     adapter = attach(model)
     disturb(adapter)
@@ -207,7 +207,7 @@ def test_weights_made_in_inference_mode_are_folded_after_a_step():
     assert is_folded(adapter)
 
 
-def test_an_optimizer_of_something_else_does_not_fold():
+def test_optimizer_of_other_parameters_does_not_fold():
     model = llama()
     adapter = attach(model)
     other = nn.Linear(3, 3)
@@ -220,7 +220,7 @@ def test_an_optimizer_of_something_else_does_not_fold():
     assert same_bits(snapshot(model), before)
 
 
-def test_a_change_by_hand_is_folded_before_the_next_forward():
+def test_manual_change_is_folded_before_the_next_forward():
     model = llama()
     adapter = attach(model)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_change_by_hand_is_folded_before_the_next_forward():
     assert is_folded(adapter)
 
 
-def test_parameters_that_are_given_other_data_are_folded_before_the_next_forward():
+def test_replaced_parameter_data_is_folded_before_the_next_forward():
     model = llama()
     adapter = attach(model)
     model(**batch())
@@ -248,7 +248,7 @@ def test_parameters_that_are_given_other_data_are_folded_before_the_next_forward
     assert is_folded(adapter)
     for parameter in adapter.parameters():
         parameter.data.mul_(2)
-    adapter.fold()  # nothing tells of a write through .data
+    adapter.fold()  # a write through .data is not detected
     assert is_folded(adapter)
 
 
@@ -260,7 +260,7 @@ def hooks(model):
     ]
 
 
-def test_an_unhooked_adapter_is_in_the_weights_alone_and_trains_on_afterwards():
+def test_unhooked_block_changes_neither_logits_nor_later_training():
     trained = {}
     for block in (unhooked, contextlib.nullcontext):
         model = llama()
@@ -278,7 +278,7 @@ def test_an_unhooked_adapter_is_in_the_weights_alone_and_trains_on_afterwards():
     assert same_bits(parameters, trained[contextlib.nullcontext][1])
 
 
-def test_no_hook_is_left_in_an_unhooked_block_and_each_comes_back_once():
+def test_unhooked_removes_all_hooks_and_restores_each_once():
     model = llama()
     adapter = attach(model)
     before = hooks(model)
@@ -300,7 +300,7 @@ def test_no_hook_is_left_in_an_unhooked_block_and_each_comes_back_once():
     assert hooks(model) == []
 
 
-def test_threads_that_decode_at_once_put_each_hook_back_once():
+def test_concurrent_unhooked_blocks_restore_each_hook_once():
     model = llama()
     adapter = attach(model)
     before, interval = sorted(hooks(model)), sys.getswitchinterval()
@@ -366,12 +366,12 @@ def test_an_adapter_may_be_disabled_merged_or_detached_while_unhooked():
     with unhooked(model):
         second.detach()
         third = attach(model)
-    assert len(hooks(model)) == 2 * len(third.sites())  # those of the third alone
+    assert len(hooks(model)) == 2 * len(third.sites())  # the third adapter alone has hooks
     disturb(third)
     assert train(model, third, steps=3)[2] > 0
 
 
-def test_deltas_beside_the_weight_keep_their_hooks():
+def test_side_deltas_keep_their_hooks():
     model = llama()
     adapter = attach(model, mode="side")
     disturb(adapter)
@@ -400,16 +400,16 @@ def with_quantised_down_proj(model):
     return model
 
 
-def beside_their_weight(adapter):
+def side_matrices(adapter):
     return {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.is_folded}
 
 
-def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
+def test_quantised_matrix_gets_a_side_delta_and_the_others_fold():
     model, full = llama(), llama()
     total = sum(parameter.numel() for parameter in full.parameters())
     adapter = attach(with_quantised_down_proj(model))
     assert adapter.parameters_of_base == total
-    assert beside_their_weight(adapter) == {"down_proj"}
+    assert side_matrices(adapter) == {"down_proj"}
     losses = train(model, adapter, steps=7)
     assert losses[6] < losses[4] < losses[0]
     with pytest.raises(RuntimeError, match="down_proj: its weight is quantised, sharded or offloaded; use export_lora"):
@@ -419,13 +419,13 @@ def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
         attach(model, mode="fold")
 
 
-def test_an_adapter_of_plain_weights_goes_on_with_quantised_ones(tmp_path):
+def test_adapter_of_plain_weights_loads_onto_quantised_ones(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     adapter = SparseAdapter.from_pretrained(with_quantised_down_proj(llama()), tmp_path)
-    assert beside_their_weight(adapter) == {"down_proj"}
+    assert side_matrices(adapter) == {"down_proj"}
 
 
-def test_the_surviving_share_falls_with_the_size_of_the_change():
+def test_surviving_share_falls_with_the_size_of_the_change():
     shares = []
     for size in (1.0, 1e-3, 1e-5):
         adapter = attach(llama(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""What an adapter takes beside its base: planned from shapes, and counted in its tensors."""
+"""The memory that an adapter takes beside its base: as planned from shapes, and as counted in its tensors."""
 
 import pytest
 import torch
@@ -13,26 +13,26 @@ from rbfast.models.linears import group_siblings, select_linears
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [*MODELS, "mixtral"])
-def test_what_is_planned_is_what_is_there(name, dtype):
+def test_planned_footprint_matches_the_tensors(name, dtype):
     model = family(name, dtype) if name == "mixtral" else MODELS[name](dtype)
     base = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     shapes = group_siblings(select_linears(model))
     adapter = attach(model)
-    found = adapter.footprint()
+    footprint = adapter.footprint()
     rows = {row.name: row for row in adapter.summary()}
     supports = {row.name: row.columns for row in rows.values()}
-    assert found == planned_footprint(shapes, next(iter(rows.values())).rank, supports, base, dtype.itemsize)
-    assert found.values == 4 * sum(row.values for row in rows.values())
+    assert footprint == planned_footprint(shapes, next(iter(rows.values())).rank, supports, base, dtype.itemsize)
+    assert footprint.values == 4 * sum(row.values for row in rows.values())
     kept = sum((shapes[name].experts or 1) * row.out_features * row.columns for name, row in rows.items())
-    assert found.kept == kept * dtype.itemsize + 8 * sum(supports.values())
+    assert footprint.kept == kept * dtype.itemsize + 8 * sum(supports.values())
 
 
-def test_a_delta_beside_its_weight_keeps_no_columns():
+def test_side_delta_keeps_no_base_columns():
     adapter = attach(llama(), mode="side")
     assert adapter.footprint().kept == 8 * sum(row.columns for row in adapter.summary())
 
 
-def test_what_adamw_adds_is_what_it_keeps():
+def test_adamw_footprint_matches_its_state():
     model = llama()
     adapter = attach(model)
     optimizer = torch.optim.AdamW(adapter.parameters())
@@ -46,21 +46,21 @@ def test_what_adamw_adds_is_what_it_keeps():
 @pytest.mark.parametrize("density", [0.001, 0.003, 0.011, 0.03])
 def test_an_adapter_of_a_7b_model_takes_at_most_a_sixth_of_it(density):
     rank, supports = allocate(QWEN_7B, int(density * QWEN_7B_PARAMETERS))
-    found = planned_footprint(QWEN_7B, rank, supports, 2 * QWEN_7B_PARAMETERS, 2)
-    assert found.share <= 1 / 6
-    assert str(found).startswith(f"{found.attached / 1e9:.2f} GB beside the base's 15.23 GB ({found.share:.1%}): ")
+    plan = planned_footprint(QWEN_7B, rank, supports, 2 * QWEN_7B_PARAMETERS, 2)
+    assert plan.share <= 1 / 6
+    assert str(plan).startswith(f"{plan.attached / 1e9:.2f} GB beside the base's 15.23 GB ({plan.share:.1%}): ")
 
 
-def test_the_outline_of_a_7b_model_needs_none_of_its_weights():
+def test_outline_of_a_7b_model_needs_no_weights():
     sizes = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
     config = Qwen2Config(**sizes, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = outline(model)
+    planned = outline(model)
     assert sorted(shape.in_features for shape in QWEN_7B.values()) == sorted(
         shape.in_features for shape in group_siblings(select_linears(model)).values()
     )
-    assert (found.parameters, found.matrices, found.support) == (QWEN_7B_PARAMETERS, 196, (448, 448))
-    assert found.values == found.rank * sum(shape.out_features + 448 for shape in QWEN_7B.values())
-    assert found.values <= 0.003 * QWEN_7B_PARAMETERS and found.footprint.share < 1 / 6
-    assert found.footprint.base == 2 * QWEN_7B_PARAMETERS  # bytes, in bf16
+    assert (planned.parameters, planned.matrices, planned.support) == (QWEN_7B_PARAMETERS, 196, (448, 448))
+    assert planned.values == planned.rank * sum(shape.out_features + 448 for shape in QWEN_7B.values())
+    assert planned.values <= 0.003 * QWEN_7B_PARAMETERS and planned.footprint.share < 1 / 6
+    assert planned.footprint.base == 2 * QWEN_7B_PARAMETERS  # bytes, in bf16

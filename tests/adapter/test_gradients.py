@@ -1,4 +1,4 @@
-"""The adapter's gradients: as exact as autograd's on the written-out weight, however the model is run."""
+"""The adapter's gradients: as exact as autograd on the written-out weight, in both modes and however the model runs."""
 
 import copy
 import sys
@@ -17,7 +17,7 @@ from rbfast.models.linears import matrix_shape
 
 
 def reparameterised(model, adapter, base, dtype):
-    """The loss as autograd sees it with W = W0 + scale * B A written out, and the gradients."""
+    """The loss with W = W0 + scale * B A written out, and the gradients by autograd."""
     double = copy.deepcopy(base).to(dtype)
     weights, leaves = {}, {}
     for name, site in adapter.sites().items():
@@ -55,7 +55,7 @@ def test_gradients_are_as_exact_as_autograd_on_the_written_out_weight(name, mode
     assert abs(loss.item() - exact_loss.item()) <= 4 * eps * exact_loss.item()
 
 
-def test_side_equals_fold():
+def test_side_and_fold_modes_agree():
     outputs = {}
     for mode in ("fold", "side"):
         model = llama()
@@ -71,8 +71,8 @@ def test_side_equals_fold():
     assert error(outputs["side"], outputs["fold"]) <= 16 * torch.finfo(torch.float32).eps
 
 
-def test_somebody_elses_hook_sees_the_matrix_with_its_delta():
-    """One that was there before the adapter changes the output: the delta's gradient goes through it."""
+def test_foreign_forward_hook_sees_the_delta():
+    """It doubles the output, so the delta's gradient must pass through it, even if it was there before the adapter."""
     gradients = {}
     for when in ("before", "after", "before, and unhooked since"):
         linear = nn.Linear(8, 4)
@@ -91,7 +91,7 @@ def test_somebody_elses_hook_sees_the_matrix_with_its_delta():
                 pass
         linear(torch.linspace(0, 1, 40).view(5, 8)).square().sum().backward()
         gradients[when] = {name: parameter.grad for name, parameter in adapter.named_parameters()}
-    assert all(same_bits(found, gradients["after"]) for found in gradients.values())
+    assert all(same_bits(result, gradients["after"]) for result in gradients.values())
 
 
 def test_matrices_that_share_an_input_gather_it_once(monkeypatch):
@@ -107,7 +107,7 @@ def test_matrices_that_share_an_input_gather_it_once(monkeypatch):
     assert len(calls) == 2 * 4
     with torch.no_grad():
         model(**batch())
-    assert len(calls) == 2 * 4  # nothing is done without gradients
+    assert len(calls) == 2 * 4  # nothing is gathered without gradients
 
 
 def test_a_gather_is_shared_in_one_dtype():
@@ -121,7 +121,7 @@ def test_threads_that_share_a_gather_get_their_own_columns():
     code, lines = SharedGather._gathered.__code__, set()
 
     def interrupted_at(number):
-        """Runs a gather of x; at each line, or the one of this number, another thread gathers other columns."""
+        """Gathers x. At the line of this number, if any, another thread gathers from another input first."""
         gather = SharedGather()
         gather.members = [None, None]
 
@@ -161,7 +161,7 @@ def test_an_input_changed_in_place_is_gathered_again():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_compiled_whole_it_trains_like_eager(mode):
+def test_fully_compiled_model_trains_like_eager(mode):
     steps = {}
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -173,7 +173,7 @@ def test_compiled_whole_it_trains_like_eager(mode):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_frozen_model_that_ran_compiled_before_runs_and_trains_its_delta(mode):
+def test_model_compiled_before_attaching_trains_its_delta(mode):
     model = llama().requires_grad_(False)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(**batch())
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_autocast_trains(mode):
+def test_autocast_gradients_are_close_to_fp32(mode):
     model = llama()
     adapter = attach(model, mode=mode)
     disturb(adapter)
@@ -216,12 +216,12 @@ def test_autocast_trains(mode):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_gradient_of_the_gradient_is_refused(mode):
+def test_double_backward_is_refused(mode):
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     adapter = attach(model, density=0.3, mode=mode)
     disturb(adapter)
     gradients = torch.autograd.grad(model(torch.randn(5, 8)).sum(), list(adapter.parameters()), create_graph=True)
-    for gradient in gradients:  # those of the last layer are of a constant dy, but not constant themselves
+    for gradient in gradients:  # the last layer's dy is constant, but its gradients are not
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward(retain_graph=True)
 
@@ -249,7 +249,7 @@ def test_an_output_may_be_changed_in_place_afterwards():
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
 
 
-def test_a_transform_of_functorch_is_refused_by_torch_itself():
+def test_functorch_transform_is_refused_by_torch_itself():
     model = llama()
     adapter = attach(model)
     linear = next(iter(adapter.sites().values())).linear

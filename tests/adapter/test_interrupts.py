@@ -1,4 +1,4 @@
-"""Ctrl-C, or a lack of memory, while an adapter changes its model: the model can be used or restored afterwards."""
+"""Ctrl-C, or running out of memory, while an adapter changes its model: the model stays usable or can be restored."""
 
 from itertools import count
 
@@ -24,7 +24,7 @@ def logits(model):
 
 
 def interrupt(monkeypatch, owner, name, after=3):
-    """Ctrl-C at the end of the call of this number."""
+    """Raises KeyboardInterrupt at the end of call number `after`."""
     original, calls = getattr(owner, name), count(1)
 
     def run(*args, **kwargs):
@@ -56,13 +56,13 @@ def test_interrupted_attaching_leaves_the_base(owner, name, after, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["restore", "fold_all"])
-def test_an_interrupt_at_either_end_of_disabled_leaves_the_adapter_on(name, monkeypatch):
+def test_interrupt_at_either_end_of_disabled_leaves_the_adapter_enabled(name, monkeypatch):
     model, adapter = trained()
     expected = logits(model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if name == "restore":
             interrupt(patch, ColumnDelta, name)
-        else:  # before any is folded
+        else:  # before any delta is folded
             patch.setattr(sparse_adapter, name, lambda sites: (_ for _ in ()).throw(KeyboardInterrupt))
         with adapter.disabled():
             pass
@@ -74,7 +74,7 @@ def test_an_interrupt_at_either_end_of_disabled_leaves_the_adapter_on(name, monk
 
 @pytest.mark.parametrize("mode", ["auto", "side"])
 @pytest.mark.parametrize("act", ["detach", "merge"])
-def test_an_interrupted_detach_or_merge_can_be_called_again(act, mode, monkeypatch):
+def test_interrupted_detach_merge_or_unmerge_can_be_called_again(act, mode, monkeypatch):
     model, adapter = trained(mode)
     expected = snapshot(llama())
     if act == "merge":
@@ -94,7 +94,7 @@ def test_an_interrupted_detach_or_merge_can_be_called_again(act, mode, monkeypat
         assert same_bits(snapshot(model), snapshot(llama()))
 
 
-def test_after_an_interrupt_in_merge_the_adapter_can_be_detached(monkeypatch):
+def test_adapter_can_be_detached_after_an_interrupted_merge(monkeypatch):
     model, adapter = trained("side")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, ColumnDelta, "release", after=1)
@@ -103,7 +103,7 @@ def test_after_an_interrupt_in_merge_the_adapter_can_be_detached(monkeypatch):
     assert same_bits(snapshot(model), snapshot(llama()))
 
 
-def test_after_an_interrupt_in_unhooked_every_delta_has_its_hooks(monkeypatch):
+def test_interrupted_unhooked_keeps_the_hooks_of_every_delta(monkeypatch):
     model, adapter = trained()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, ColumnDelta, "unhook")
@@ -113,12 +113,12 @@ def test_after_an_interrupt_in_unhooked_every_delta_has_its_hooks(monkeypatch):
     assert all(parameter.grad is not None for parameter in adapter.parameters())
 
 
-def test_another_threads_optimizer_does_not_see_an_adapter_before_it_is_attached(monkeypatch):
+def test_optimizer_steps_ignore_an_adapter_that_is_still_attaching(monkeypatch):
     stepped, (_, own) = [], trained()
-    put_on, on_step = ColumnDelta.attach, SparseAdapter._on_optimizer_step
+    attach_delta, on_step = ColumnDelta.attach, SparseAdapter._on_optimizer_step
 
     def attach_while_another_trains(site):
-        put_on(site)
+        attach_delta(site)
         with monkeypatch.context() as patch:
             patch.setattr(SparseAdapter, "_on_optimizer_step", lambda adapter, _: stepped.append(adapter))
             torch.optim.SGD(own.parameters()).step()

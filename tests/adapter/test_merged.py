@@ -1,4 +1,4 @@
-"""A merged checkpoint is a plain one: transformers alone loads it, and it writes the tokens the adapter wrote."""
+"""A merged checkpoint loads with transformers alone, and generates the tokens that the adapter did."""
 
 import subprocess
 import sys
@@ -12,24 +12,24 @@ from transformers import AutoModelForCausalLM
 PROMPT = list(range(5, 17))
 
 
-def written(model):
+def generated(model):
     return model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0].tolist()
 
 
 @pytest.fixture
 def trained():
     model = tiny_model()
-    base = written(model)
+    base = generated(model)
     adapter = attach(model)
     disturb(adapter, size=1.0)
-    assert written(model) != base, "the adapter must matter for this test to mean much"
+    assert generated(model) != base, "the adapter must change the tokens, or this test proves nothing"
     return model, adapter
 
 
 @pytest.mark.slow
-def test_it_loads_without_this_library_and_writes_the_same_tokens(trained, tmp_path):
+def test_merged_checkpoint_generates_the_same_tokens_without_rbfast(trained, tmp_path):
     model, adapter = trained
-    expected = written(model)
+    expected = generated(model)
     adapter.merge()
     model.save_pretrained(tmp_path)
     code = (
@@ -42,7 +42,7 @@ def test_it_loads_without_this_library_and_writes_the_same_tokens(trained, tmp_p
     assert output.stdout.splitlines()[-1] == str(expected)
 
 
-def test_its_weights_are_the_ones_it_was_trained_with(trained, tmp_path):
+def test_merged_weights_equal_the_trained_ones(trained, tmp_path):
     model, adapter = trained
     folded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapter.merge()

@@ -1,4 +1,4 @@
-"""Placement: which matrices are chosen, how a budget is split, and that scores decide the same columns every time."""
+"""Placement: the matrices that get a delta, the split of the budget, and columns drawn at random or by scores."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def spent(shapes, rank, supports):
 
 
 def runs_of(cols, run):
-    """The numbers of the aligned runs that the columns are made of; an error if they are not."""
+    """The indices of the aligned runs that the columns consist of; fails if they do not."""
     runs = cols.view(-1, run)
     assert torch.equal(runs, runs[:, :1] + torch.arange(run)) and (runs[:, 0] % run == 0).all()
     return (runs[:, 0] // run).tolist()
@@ -67,7 +67,7 @@ def test_a_support_is_no_narrower_than_the_rank():
 
 
 @pytest.mark.parametrize(("width", "widest"), [(LARGE_WIDTH - 16, LARGE_WIDTH - 16), (LARGE_WIDTH, LARGE_WIDTH // 8)])
-def test_a_model_is_large_from_a_width_on(width, widest):
+def test_support_is_capped_at_an_eighth_from_the_large_width_on(width, widest):
     assert allocate({"a": Shape(64, width, 0)}, 10**6, rank=2) == (2, {"a": widest})
 
 
@@ -79,7 +79,7 @@ def test_the_default_rank_follows_the_budget():
 
 
 @pytest.mark.parametrize(("width", "run"), [(576, 16), (576 + 8, 8), (18944, 16), (50, 2), (7, 1), (16, 16)])
-def test_a_run_is_the_largest_power_of_two_that_leaves_no_rest(width, run):
+def test_run_length_is_the_largest_power_of_two_dividing_the_width(width, run):
     assert run_length(width) == run
     shapes = {"only": Shape(10, width, 0)}
     _, supports = allocate(shapes, 10 + width, rank=1)
@@ -90,7 +90,7 @@ def test_a_run_is_the_largest_power_of_two_that_leaves_no_rest(width, run):
 
 
 class Counted(dict):
-    """Shapes that count how often all of them are asked for."""
+    """Shapes that count the passes over all of them."""
 
     walks = 0
 
@@ -103,7 +103,7 @@ class Counted(dict):
         return super().items()
 
 
-def test_a_model_of_many_experts_is_walked_over_as_often_as_a_small_one():
+def test_passes_over_the_shapes_do_not_grow_with_the_model():
     walks = []
     for layers in (1, 100):
         shapes = Counted({f"{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()})
@@ -114,7 +114,7 @@ def test_a_model_of_many_experts_is_walked_over_as_often_as_a_small_one():
 
 @pytest.mark.parametrize("rank", [None, 1, 2])
 @pytest.mark.parametrize("density", [0.0005, 0.003, 0.011, 0.05])
-def test_a_large_model_takes_an_eighth_of_its_inputs_at_most(density, rank):
+def test_large_model_takes_at_most_an_eighth_of_its_inputs(density, rank):
     budget = int(density * QWEN_7B_PARAMETERS)
     k, supports = allocate(QWEN_7B, budget, rank)
     assert spent(QWEN_7B, k, supports) <= budget
@@ -130,11 +130,11 @@ def test_a_given_support_is_kept_and_capped_at_the_inputs():
     assert spent(SHAPES, rank, supports) <= 700 < spent(SHAPES, rank + 1, supports)
 
 
-def test_the_rank_of_a_narrow_support_is_its_width():
+def test_rank_is_capped_at_a_narrow_support():
     assert allocate(SHAPES, 10_000, support=2) == (2, dict.fromkeys(SHAPES, 2))
 
 
-def test_of_two_widths_that_are_as_usual_the_smaller_one_counts():
+def test_smaller_of_two_equally_common_widths_sets_the_support():
     shapes = {"q": Shape(64, 2048, 0), "down": Shape(64, 1024, 1)}
     assert allocate(shapes, 10**6, rank=1)[1] == dict.fromkeys(shapes, 128)
 
@@ -155,15 +155,15 @@ def test_all_linear_leaves_the_head_and_tied_weights_alone():
     }
 
 
-def test_text_alone_gets_deltas_in_a_model_that_sees_too():
+def test_vision_layers_get_no_delta_unless_targeted():
     with pytest.warns(UserWarning) as warned:
         model = seeing()
         adapter = SparseAdapter.attach(model, density=0.1)
-    assert [str(w.message).partition(" layers")[0] for w in warned] == ["15 linear"]  # and no stack of experts
+    assert [str(w.message).partition(" layers")[0] for w in warned] == ["15 linear"]  # and none about stacks of experts
     assert len(adapter.sites()) == 14 and all("language_model" in name for name in adapter.sites())
     assert any("vision_tower" in name for name in adapter.left_out)
     adapter.detach()
-    assert len(select_linears(model, r".*vision_tower.encoder.*mlp\.fc1")) == 2  # by name they still get one
+    assert len(select_linears(model, r".*vision_tower.encoder.*mlp\.fc1")) == 2  # named explicitly, they get one
 
 
 def test_targets_are_exact_or_suffix_or_a_full_match():
@@ -183,7 +183,7 @@ def test_tied_parameters_count_once():
     assert count_parameters(nn.Linear(3, 5)) == 20
 
 
-def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
+def test_random_placement_depends_on_the_seed_not_on_other_matrices():
     supports = dict.fromkeys(SHAPES, 5)
     first, again = (place_random(SHAPES, 2, supports, seed=1) for _ in range(2))
     fewer = place_random({"down": SHAPES["down"]}, 2, supports, seed=1)
@@ -198,15 +198,15 @@ def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
     assert not any(torch.equal(first[name].A, other[name].A) for name in SHAPES)
 
 
-def test_groups_of_one_width_draw_columns_and_starts_of_their_own():
+def test_groups_of_equal_width_draw_different_columns_and_starts():
     shapes = {"o": Shape(4, 512, 0), "q": Shape(4, 512, 1)}
     starts = place_random(shapes, 2, dict.fromkeys(shapes, 64), seed=0)
     assert not torch.equal(starts["o"].cols, starts["q"].cols) and not torch.equal(starts["o"].A, starts["q"].A)
 
 
-def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group():
+def test_scored_placement_takes_the_runs_with_the_largest_group_sum():
     columns = {"q": torch.zeros(48), "k": torch.zeros(48)}
-    columns["q"][3] = 5.0  # the best column is in the run that is the worst as a whole
+    columns["q"][3] = 5.0  # the best column, in a run whose sum is not the largest
     columns["q"][16:32], columns["k"][32:48] = 0.2, 0.4
     shapes = {"q": Shape(4, 48, 0), "k": Shape(4, 48, 0)}
     scores = ColumnScores("gradient", 1, None, shapes, columns)
@@ -216,18 +216,18 @@ def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group()
     assert runs_of(starts["q"].cols, 16) == runs_of(starts["k"].cols, 16) == [2]
     assert starts["q"].score == 0 and starts["k"].score == pytest.approx(6.4)
     wider = place_scored(scores, shapes, 1, {"q": 24, "k": 24}, 0)
-    assert wider["q"].cols.tolist() == [*range(8), *range(32, 48)]  # 6.4, 5.0 and its beginning, 3.2
+    assert wider["q"].cols.tolist() == [*range(8), *range(32, 48)]  # all of 6.4, half of 5.0, none of 3.2
     assert torch.equal(wider["q"].A.norm(dim=1), torch.tensor([START_NORM]))
 
 
-def test_equal_runs_go_to_the_lower_index():
+def test_ties_between_runs_go_to_the_lower_index():
     shapes = {"o": Shape(4, 64, 0)}
     scores = ColumnScores("gradient", 1, None, shapes, {"o": torch.ones(64)})
     assert place_scored(scores, shapes, 1, {"o": 32}, 0)["o"].cols.tolist() == list(range(32))
 
 
 @pytest.mark.parametrize("support", [1, 10, 16, 20, 33])
-def test_a_support_that_is_no_multiple_of_a_run_cuts_the_last_one(support):
+def test_last_run_is_cut_if_the_support_is_no_multiple_of_it(support):
     shapes = {"o": Shape(4, 64, 0)}
     _, supports = allocate(shapes, 1000, rank=1, support=support)
     cols = place_random(shapes, 1, supports, seed=3)["o"].cols

@@ -1,4 +1,4 @@
-"""Matrices that share an input compute their gradients in one call, with the same bits as one by one."""
+"""Matrices that share an input compute their gradients in one call, bitwise equal to one call each."""
 
 import gc
 import weakref
@@ -36,7 +36,7 @@ def gradients(adapter):
 
 
 def one_by_one(names, x):
-    """The gradients if each matrix gets an input of its own: nothing is shared."""
+    """The gradients if each matrix gets its own copy of the input, so that nothing is shared."""
     model, adapter = projections()
     for name in names:
         model[name](x.clone()).square().sum().backward()
@@ -50,7 +50,7 @@ def assert_same(left, right):
         assert gradient is None or torch.equal(gradient, right[name]), name
 
 
-def test_a_layer_calls_once_for_each_input():
+def test_layer_computes_gradients_once_per_input():
     model = llama(num_hidden_layers=1)
     with attach(model).sharing_gradients():
         loss = model(**batch()).loss
@@ -60,7 +60,7 @@ def test_a_layer_calls_once_for_each_input():
 
 
 @pytest.mark.parametrize("names", ["qkv", "vkq", "qk", "q"])
-def test_gradients_have_the_bits_of_single_calls(names):
+def test_shared_gradients_equal_single_calls_bitwise(names):
     model, adapter = projections()
     x = torch.randn(2, 5, 16)
     sum(model[name](x).square().sum() for name in names).backward()
@@ -76,7 +76,7 @@ def test_outputs_that_the_loss_does_not_use_get_no_gradient():
 
 
 def test_one_input_in_several_graphs():
-    """Of one tensor, each matrix in a backward of its own, some of them twice."""
+    """Each matrix has its own backward on the same tensor, some of them twice."""
     model, adapter = projections()
     x = torch.randn(5, 16)
     for name in "qkqvk":
@@ -84,7 +84,7 @@ def test_one_input_in_several_graphs():
     assert_same(gradients(adapter), one_by_one("qkqvk", x))
 
 
-def test_a_matrix_that_runs_twice_on_one_input():
+def test_matrix_that_runs_twice_on_one_input():
     model, adapter = projections()
     x = torch.randn(5, 16)
     sum(model[name](x).square().sum() for name in "qqk").backward()
@@ -93,7 +93,7 @@ def test_a_matrix_that_runs_twice_on_one_input():
         assert gradient is expected[name] is None or torch.allclose(gradient, expected[name], rtol=1e-5)
 
 
-def test_a_graph_that_is_kept_runs_twice():
+def test_retained_graph_can_run_backward_twice():
     model, adapter = projections()
     x = torch.randn(5, 16)
     loss = sum(model[name](x).square().sum() for name in "qkv")
@@ -105,17 +105,17 @@ def test_a_graph_that_is_kept_runs_twice():
         loss.backward()
 
 
-def test_a_gradient_of_one_parameter_alone():
+def test_gradient_of_a_single_parameter():
     model, adapter = projections()
     x = torch.randn(5, 16)
     loss = sum(model[name](x).square().sum() for name in "qkv")
     parameters = dict(adapter.named_parameters())
-    (found,) = torch.autograd.grad(loss, [parameters["k.A"]])
-    assert torch.equal(found, one_by_one("k", x)["k.A"])
+    (gradient,) = torch.autograd.grad(loss, [parameters["k.A"]])
+    assert torch.equal(gradient, one_by_one("k", x)["k.A"])
     assert all(p.grad is None for p in parameters.values())
 
 
-def test_a_frozen_matrix_stays_frozen_beside_others():
+def test_frozen_matrix_gets_no_gradient_beside_trained_ones():
     for frozen in "qkv":
         model, adapter = projections()
         site = adapter.sites()[frozen]
@@ -133,8 +133,8 @@ def test_a_frozen_matrix_stays_frozen_beside_others():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_layers_of_one_input(use_reentrant):
-    """The input outlives the forward, so the second run of the layers meets what the first one gathered."""
+def test_checkpointed_layers_that_share_an_input(use_reentrant):
+    """The input outlives the forward, so the second run of the layers finds what the first one gathered."""
     model, adapter = projections()
     x = torch.randn(5, 16, requires_grad=True)
 
@@ -147,8 +147,8 @@ def test_checkpointed_layers_of_one_input(use_reentrant):
     assert_same(gradients(adapter), expected)
 
 
-def test_every_layer_of_a_model_is_checkpointed():
-    found = []
+def test_checkpointing_a_model_keeps_its_gradients_bitwise():
+    results = []
     for checkpoints in (False, True):
         model = llama().train()
         adapter = attach(model)
@@ -158,11 +158,11 @@ def test_every_layer_of_a_model_is_checkpointed():
             model.enable_input_require_grads()
         with adapter.sharing_gradients():
             model(**batch()).loss.backward()
-        found.append(gradients(adapter))
-    assert_same(*found)
+        results.append(gradients(adapter))
+    assert_same(*results)
 
 
-def test_nothing_of_a_group_outlives_its_input_and_outputs():
+def test_gathered_columns_are_freed_with_their_input_and_outputs():
     model, adapter = projections()
     x = torch.randn(5, 16)
     y = model["q"](x)
@@ -170,13 +170,13 @@ def test_nothing_of_a_group_outlives_its_input_and_outputs():
     columns = weakref.ref(gather._cached.xs)
     del x
     gc.collect()
-    assert gather._cached is None and columns() is not None  # the graph needs them
+    assert gather._cached is None and columns() is not None  # the graph still needs them
     del y
     gc.collect()
     assert columns() is None
 
 
-def test_columns_are_not_kept_for_an_input_that_every_matrix_has_read():
+def test_gathered_columns_are_dropped_once_every_matrix_has_read_them():
     model, adapter = projections()
     x, gather = torch.randn(5, 16), adapter.sites()["q"].gather
     for name in "qk":
@@ -187,7 +187,7 @@ def test_columns_are_not_kept_for_an_input_that_every_matrix_has_read():
 
 
 def test_a_checkpoint_of_one_matrix_shares_nothing():
-    """What it saves may not depend on what ran before it, or the second run saves other tensors."""
+    """The tensors it saves must not depend on what ran before, or recomputation saves others."""
     model, adapter = projections()
     x = torch.randn(5, 16)
     k = checkpoint(lambda x: model["k"](x), x, use_reentrant=False)
@@ -197,8 +197,8 @@ def test_a_checkpoint_of_one_matrix_shares_nothing():
     assert_same(gradients(adapter), one_by_one("qkv", x))
 
 
-def test_a_loop_that_did_not_ask_shares_nothing():
-    """So outputs of one input may have backwards of their own, and parameters may change between them."""
+def test_gradients_are_not_shared_by_default():
+    """So outputs of one input may have separate backwards, and parameters may change between them."""
     model, adapter = projections(shares=False)
     x = torch.randn(5, 16)
     site = adapter.sites()["k"]
@@ -215,7 +215,7 @@ def test_a_loop_that_did_not_ask_shares_nothing():
     q.backward()
 
 
-def test_blocks_that_share_end():
+def test_sharing_ends_with_the_outermost_block():
     _, adapter = projections(shares=False)
     gather = adapter.sites()["q"].gather
     with adapter.sharing_gradients(), adapter.sharing_gradients():

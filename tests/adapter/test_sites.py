@@ -1,4 +1,4 @@
-"""Layers that are linear by name only, or have a forward of their own: a delta is right there, or there is an error."""
+"""Layers with a computed weight or a custom forward: their delta is correct, or they are refused."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_a_weight_that_is_computed_gets_its_delta_beside_it(kind, tmp_path):
+def test_computed_weight_gets_a_side_delta(kind, tmp_path):
     model = Pair(COMPUTED[kind]()).eval()
     before = model(rows()).detach()
     adapter = on(model)
@@ -35,15 +35,15 @@ def test_a_weight_that_is_computed_gets_its_delta_beside_it(kind, tmp_path):
     assert not torch.allclose(model(rows()), before, rtol=1e-2)
     with pytest.raises(RuntimeError, match=r"cannot merge into layer: it computes its weight .* use export_lora"):
         adapter.merge()
-    written = model(rows()).detach()
+    trained = model(rows()).detach()
     adapter.save_pretrained(tmp_path)
     adapter.detach()
     assert torch.equal(model(rows()), before)
     SparseAdapter.from_pretrained(model, tmp_path)
-    assert torch.equal(model(rows()), written)
+    assert torch.equal(model(rows()), trained)
 
 
-def test_an_adapter_of_a_plain_weight_goes_on_with_one_that_is_computed(tmp_path):
+def test_adapter_of_a_plain_weight_loads_onto_a_computed_one(tmp_path):
     on(Pair(layer())).save_pretrained(tmp_path)
     adapter = SparseAdapter.from_pretrained(Pair(parametrizations.weight_norm(layer())), tmp_path)
     assert {name: site.is_folded for name, site in adapter.sites().items()} == {"first": True, "layer": False}
@@ -70,17 +70,17 @@ class TimesWeight(nn.Module):
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 @pytest.mark.parametrize("start", [None, torch.eye(16), torch.zeros(16, 16)], ids=["random", "identity", "zeros"])
-def test_a_square_layer_that_multiplies_from_the_left_is_seen_as_such(start, mode):
-    """By what its gradient is: the values of an identity don't tell."""
+def test_square_layer_with_a_transposed_weight_is_detected(start, mode):
+    """By its gradient: with an identity or zeros as the weight, outputs cannot show it."""
     model = Pair(TimesWeight(start=start))
     adapter = on(model, mode=mode, targets=["layer"])
     check_gradients(model, adapter, rows())
-    written = model(rows()).detach()
+    trained = model(rows()).detach()
     adapter.merge()
-    assert torch.allclose(model(rows()), written, atol=1e-6)
+    assert torch.allclose(model(rows()), trained, atol=1e-6)
 
 
-def test_an_oblong_one_folds_too():
+def test_oblong_layer_with_a_transposed_weight_folds():
     model = Pair(TimesWeight(16, 6))
     adapter = on(model)
     assert all(site.is_folded for site in adapter.sites().values())
@@ -95,14 +95,14 @@ class OwnForward(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    """A weight that is multiplied by a gain: folding would give it a wrong gradient."""
+    """Multiplies its weight by a gain, so a folded delta would get a wrong gradient."""
 
     def forward(self, x):
         return linear(x, 3 * self.weight, self.bias)
 
 
 class TakingRows(nn.Linear):
-    """y = x W^T of tokens in a row alone, as experts are called."""
+    """y = x W^T for 2D inputs only, as experts are called."""
 
     def forward(self, x):
         tokens, _ = x.shape
@@ -110,13 +110,13 @@ class TakingRows(nn.Linear):
 
 
 class Dropping(nn.Linear):
-    """The gradient of a folded delta would be that of an output without dropout."""
+    """Drops some of its output in training. A folded delta would get the gradient without dropout."""
 
     def forward(self, x):
         return dropout(super().forward(x), 0.25, self.training)
 
 
-def test_a_layer_that_drops_some_of_its_output_in_training_has_its_delta_beside_it():
+def test_layer_with_output_dropout_gets_a_side_delta():
     model = Pair(Dropping(16, 8))
     adapter = on(model)
     assert not adapter.sites()["layer"].is_folded
@@ -130,7 +130,7 @@ def test_a_layer_that_drops_some_of_its_output_in_training_has_its_delta_beside_
 
 
 class Counting(nn.Linear):
-    """Counts its forwards in training in a buffer, as a layer that watches its inputs does."""
+    """Counts its training forwards in a buffer, as layers that keep statistics of their inputs do."""
 
     def __init__(self, *shape):
         super().__init__(*shape)
@@ -142,14 +142,14 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-def test_a_layer_that_is_tried_keeps_its_buffers():
+def test_trial_forward_leaves_buffers_unchanged():
     model = Pair(Counting(16, 8))
     seen = model.layer.seen
     assert on(model).sites()["layer"].is_folded
     assert model.layer.seen is seen and seen == 0
 
 
-def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
+def test_custom_forward_folds_only_if_it_is_a_plain_product():
     torch.manual_seed(0)
     for kind, folds in ((OwnForward, True), (Scaled, False), (TakingRows, True)):
         model = Pair(kind(16, 16))
@@ -162,7 +162,7 @@ def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
         assert flags == [p.requires_grad for p in model.parameters()] and model.layer.training
 
 
-def test_a_forward_is_tried_without_gradients_around_it_and_again_if_it_was_replaced():
+def test_forward_is_tried_under_no_grad_and_again_after_replacement():
     model = Pair(OwnForward(16, 16))
     with torch.no_grad():
         adapter = on(model)
@@ -235,7 +235,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_a_layer_that_can_have_no_delta_is_left_alone_with_a_word(kind):
+def test_layer_that_cannot_have_a_delta_is_skipped_with_a_warning(kind):
     module, reason = UNFIT[kind]
     model = Pair(module)
     with pytest.warns(UserWarning, match=f"1 linear layers cannot have a delta and stay as they are; .* {reason}"):
@@ -254,7 +254,7 @@ def test_a_lazy_layer_has_to_run_first():
     assert set(on(model).sites()) == {"first", "layer"}
 
 
-def test_an_adapter_file_that_names_such_a_layer_is_refused(tmp_path):
+def test_adapter_file_naming_an_unsuitable_layer_is_refused(tmp_path):
     on(Pair(layer())).save_pretrained(tmp_path)
     torch.manual_seed(1)
     with pytest.raises(ValueError, match="layer returns a tuple"):
@@ -271,7 +271,7 @@ class ByName(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_layer_may_be_called_by_name(mode):
+def test_layer_may_take_its_input_as_a_keyword(mode):
     model = ByName()
     adapter = on(model, mode=mode)
     check_gradients(model, adapter, rows())
@@ -280,7 +280,7 @@ def test_a_layer_may_be_called_by_name(mode):
     assert (scores.columns["a"] > 0).all()
 
 
-def test_a_layer_that_is_called_with_several_tensors_by_name_is_refused():
+def test_call_with_several_keyword_tensors_is_refused():
     with pytest.raises(TypeError, match=r"takes one tensor, got 0 positional arguments and keywords \['scale', 'x'\]"):
         input_of((), {"x": rows(), "scale": rows()})
 
@@ -293,7 +293,7 @@ class Turned(nn.Linear):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_an_output_may_lie_in_memory_as_it_likes(mode):
+def test_output_may_have_any_memory_layout(mode):
     model, x = Pair(Turned(16, 8)), torch.stack([rows(), 2 * rows()])
     assert not model.layer(x).is_contiguous()
     check_gradients(model, on(model, mode=mode), x)
@@ -311,7 +311,7 @@ def test_a_model_made_in_inference_mode_runs_there(mode):
         assert torch.equal(model(rows()), before)
 
 
-def test_meta_and_fake_models_are_taken_at_their_word():
+def test_layers_on_meta_are_accepted_without_a_trial():
     with torch.device("meta"):
         model = Pair(OwnForward(16, 16))
     adapter = on(model)

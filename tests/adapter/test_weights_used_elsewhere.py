@@ -1,4 +1,4 @@
-"""Weights that a model uses past their layer, shares between layers, or never uses: no wrong gradient, and a word."""
+"""Weights used without running their layer, shared between layers, or never used: no wrong gradients, and a message."""
 
 import warnings
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 
-def test_attention_of_torch_never_runs_its_output_layer():
-    torch.manual_seed(0)  # with some weights the loss bends between the two points of a difference
+def test_output_layer_of_torchs_attention_gets_no_delta():
+    torch.manual_seed(0)  # with some weights the loss is not smooth between the two points of a finite difference
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     with pytest.warns(UserWarning, match=r"MultiheadAttention multiplies by the weight of self_attn\.out_proj"):
         adapter = on(model)
     assert set(adapter.sites()) == {"linear1", "linear2"}
     check_gradients(model, adapter, rows()[None])
-    for mode in ("fold", "side"):  # in evaluation torch would take weights past the layers, but for the hooks
+    for mode in ("fold", "side"):  # in evaluation torch would bypass the layers if they had no hooks
         adapter.detach()
         adapter = on(model.eval(), mode=mode)
         before = model(rows()[None]).detach()
@@ -37,7 +37,7 @@ def test_a_layer_that_acts_through_zeros_is_no_target():
     assert len(attach(model, targets=["dt_proj"]).sites()) == 1
 
 
-def test_weights_in_one_memory_get_no_delta():
+def test_weights_that_share_memory_get_no_delta():
     model = Pair(nn.Linear(16, 16))
     model.layer.weight = nn.Parameter(model.first.weight.data.T)
     model.last = nn.Linear(16, 16)
@@ -50,7 +50,7 @@ def test_weights_in_one_memory_get_no_delta():
     assert set(on(model).sites()) == {"first", "layer", "last"}
 
 
-def test_every_weight_inside_another_one_gets_no_delta():
+def test_weights_that_are_views_of_a_larger_one_get_no_delta():
     model, whole = Pair(nn.Linear(16, 16)), torch.randn(48, 16)
     model.last, model.whole = nn.Linear(16, 16), nn.Parameter(whole)
     model.first.weight, model.layer.weight = nn.Parameter(whole[4:20]), nn.Parameter(whole[24:40])
@@ -58,14 +58,14 @@ def test_every_weight_inside_another_one_gets_no_delta():
         assert set(on(model).sites()) == {"last"}
 
 
-def test_a_weight_that_a_buffer_shows_too_gets_no_delta():
+def test_weight_that_shares_memory_with_a_buffer_gets_no_delta():
     model = Pair(nn.Linear(16, 16))
     model.register_buffer("shown", model.layer.weight.data[2:4])
     with pytest.warns(UserWarning, match="the weight of layer shares its memory with another one"):
         assert set(on(model).sites()) == {"first"}
 
 
-def test_a_model_with_an_adapter_of_peft_is_refused():
+def test_model_with_a_peft_adapter_is_refused():
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for model in (wrapped, wrapped.base_model.model):
@@ -91,10 +91,10 @@ class Inheriting(ByHand):
 
 
 @pytest.mark.parametrize("kind", [ByHand, Inheriting])
-def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta(kind):
+def test_weight_used_directly_in_model_code_gets_no_delta(kind):
     model = kind()
-    said = f"3 linear layers .* {kind.__name__} multiplies by the weight of a without running"
-    with pytest.warns(UserWarning, match=said):
+    message = f"3 linear layers .* {kind.__name__} multiplies by the weight of a without running"
+    with pytest.warns(UserWarning, match=message):
         adapter = on(model)
     assert set(adapter.sites()) == {"d"}
     adapter.detach()
@@ -102,13 +102,13 @@ def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta(kind):
         on(model, targets=["b"])
 
 
-def test_code_without_its_source_is_no_error():
+def test_model_without_source_code_is_accepted():
     kind = type("Typed", (nn.Sequential,), {"forward": eval("lambda self, x: self[0](x)")})  # as in a shell
     assert set(on(kind(nn.Linear(16, 16))).sites()) == {"0"}
 
 
 class Bypassing(nn.Module):
-    """Uses the weight of one layer past the layer, before or after another one runs."""
+    """Uses the weight of `a` without running `a`, before or after `b` runs."""
 
     def __init__(self, first):
         super().__init__()
@@ -117,15 +117,15 @@ class Bypassing(nn.Module):
     def forward(self, x):
         if not torch.is_grad_enabled():  # an evaluation may run the layer
             return self.b(self.a(x))
-        weight = self.a.weight  # by a name of its own: what attaching looks for in the code is not there
-        past = linear(x, weight, self.a.bias)
-        return self.b(past) if self.is_first else past + self.b(x)
+        weight = self.a.weight  # under another name, so that the check of the source code does not find it
+        bypassed = linear(x, weight, self.a.bias)
+        return self.b(bypassed) if self.is_first else bypassed + self.b(x)
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("trained", ["A B", "B"])
-def test_a_weight_that_is_used_past_its_layer_is_an_error(first, mode, trained):
+def test_weight_used_without_running_its_layer_is_an_error(first, mode, trained):
     model = Bypassing(first)
     adapter = on(model, mode=mode)
     for site in adapter.sites().values():
@@ -146,7 +146,7 @@ def test_a_weight_that_is_used_past_its_layer_is_an_error(first, mode, trained):
 
 
 class Routed(nn.Module):
-    """Runs one layer and, from the second forward on, another."""
+    """Runs one layer and, once `is_second_on` is set, another."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_layer_that_was_compiled_is_not_taken_for_one_whose_weight_is_used_past_it(mode):
+def test_compiled_layer_is_not_mistaken_for_a_bypassed_weight(mode):
     model = Pair(Routed())
     adapter = on(model, mode=mode)
     model.layer.compile(backend="aot_eager")
@@ -175,7 +175,7 @@ def test_a_layer_that_was_compiled_is_not_taken_for_one_whose_weight_is_used_pas
 
 @pytest.mark.parametrize("frozen_from", [0, 1])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_a_delta_that_is_frozen_by_hand_is_no_fault(frozen_from, is_compiled):
+def test_manually_frozen_delta_is_accepted(frozen_from, is_compiled):
     model = Pair(Routed())
     adapter = on(model)
     run = torch.compile(model, backend="aot_eager") if is_compiled else model
@@ -213,7 +213,7 @@ class Int8(nn.Module):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_gradient_that_is_nowhere_above_zero_is_one(sign):
+def test_gradient_without_positive_values_counts_as_a_gradient(sign):
     model = nn.Sequential(nn.Linear(16, 2))
     optimizer = torch.optim.SGD(attach(model, density=1.0, rank=1, support=4).parameters(), lr=0.1)
     (sign * model(rows())[:, 0].sum()).backward()
@@ -223,7 +223,7 @@ def test_a_gradient_that_is_nowhere_above_zero_is_one(sign):
 
 
 @pytest.mark.parametrize("idle", [lambda: nn.Linear(16, 16), Int8])
-def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen(idle):
+def test_idle_layer_is_reported_once_and_its_weight_stays_frozen(idle):
     model = Pair(layer())
     model.idle = idle()
     adapter = on(model)
@@ -252,7 +252,7 @@ def test_a_frozen_model_stays_frozen_if_its_adapter_ends_after_the_first_step(en
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_that_runs_all_its_layers_computes_no_gradient_of_a_weight():
+def test_no_weight_gradient_is_computed_if_every_layer_runs():
     model = llama()
     adapter = attach(model)
     model(**batch()).loss.backward()
