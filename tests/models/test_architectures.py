@@ -1,4 +1,4 @@
-"""Every family of architectures, tiny and random: attach, a packed training step, save, load, merge, export."""
+"""A tiny random model of every architecture family: attach, packed training step, save, load, merge, export."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from rbfast.training.objective import Objective, role_counts, token_losses
 pytestmark = pytest.mark.filterwarnings("ignore:.*run one at a time")
 both_modes = pytest.mark.parametrize("mode", ["fold", "side"])
 every_family = pytest.mark.parametrize("name", FAMILIES)
-# Folded, every family; beside the weights, a few: what differs there does not know the family.
+# Fold mode for every family; side mode for a few, as its code does not depend on the family.
 families_and_modes = pytest.mark.parametrize(
     ("name", "mode"),
     [(name, "fold") for name in FAMILIES] + [(name, "side") for name in ("llama", "gpt2", "mixtral", "falcon-h1")],
@@ -36,7 +36,7 @@ families_and_modes = pytest.mark.parametrize(
 
 EPS = torch.finfo(torch.float32).eps
 MAMBA2 = {"conv1d.weight", "out_proj.weight"}
-# What of a family gets no delta, by the end of its name.
+# The parameters of a family that get no delta, by the end of their names.
 LEFT_OUT = {
     "mixtral": {"mlp.gate.weight"},
     "qwen2-moe": {"mlp.gate.weight"},
@@ -47,7 +47,7 @@ LEFT_OUT = {
     "jamba": MAMBA2 | {"x_proj.weight", "dt_proj.weight", "mamba.A_log", "router.weight"},
     "lfm2": {"conv.weight"},
 }
-# Whose examples must run one at a time: an attention that ignores the positions, or a state that is handed on.
+# Families whose examples must run one at a time: attention ignores the positions, or a state is carried on.
 RUNS_ALONE = {"gpt-oss", "falcon-h1", "bamba", "jamba", "lfm2"}
 if Version(transformers.__version__) < Version("5.24"):
     RUNS_ALONE |= {"falcon", "falcon-alibi"}
@@ -72,7 +72,7 @@ def examples(lengths=(5, 9, 12), seed=0):
 
 
 def packed_loss(model, made, counts=None):
-    """As the trainer computes it."""
+    """The loss of a packed row, as the trainer computes it."""
     packed = collate(made)
     weights = Objective().weights(0.0) / (role_counts(packed) if counts is None else counts)
     hidden = final_hidden(model, packed["input_ids"], packed["position_ids"])
@@ -80,7 +80,7 @@ def packed_loss(model, made, counts=None):
 
 
 def plain_loss(model, made):
-    """The same, written out: the model's own logits of every example alone."""
+    """The same loss written out, from the model's own logits of each example alone."""
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
     for example in made:
         logits = model(input_ids=torch.from_numpy(example.input_ids)[None], use_cache=False).logits[0].double()
@@ -92,12 +92,12 @@ def plain_loss(model, made):
 
 
 def gradient(loss, adapter):
-    """All gradients in one vector; zeros for an expert that no token was sent to."""
-    found = torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in found])
+    """All gradients in one vector, with zeros for an expert that no token reached."""
+    gradients = torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in gradients])
 
 
-def apart(left, right):
+def relative_error(left, right):
     return ((left - right).norm() / right.norm()).item()
 
 
@@ -111,7 +111,7 @@ def logits(model):
 
 
 def weights_of(adapter):
-    """The names of the weights that have a delta; a stack of experts is one itself."""
+    """The names of the weights that have a delta. A stack of experts is itself a weight."""
     return {site if len(delta.A.shape) == 3 else f"{site}.weight" for site, delta in adapter.sites().items()}
 
 
@@ -122,7 +122,7 @@ def ending(name, known):
 @every_family
 def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
     if name == "jamba":
-        pytest.importorskip("transformers", minversion="5.23")  # its router was an nn.Linear before
+        pytest.importorskip("transformers", minversion="5.23")  # before that its router was an nn.Linear
     model = family(name)
     adapter = attach(model)
     expected = LEFT_OUT.get(name, set())
@@ -134,25 +134,25 @@ def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
 
 
 @every_family
-def test_every_matrix_is_scored_by_a_gradient(name):
-    found = score_columns(family(name), [examples()], packed_loss)
-    assert all(column.sum() > 0 for column in found.columns.values())
+def test_every_matrix_gets_positive_gradient_scores(name):
+    scores = score_columns(family(name), [examples()], packed_loss)
+    assert all(column.sum() > 0 for column in scores.columns.values())
 
 
 @every_family
 @both_modes
-def test_a_packed_step_is_the_plain_one_of_every_example_alone(name, mode):
+def test_packed_step_matches_each_example_alone(name, mode):
     model, adapter = adapted(name, mode)
     reference, reference_adapter = adapted(name)
     loss, expected = packed_loss(model, examples()), plain_loss(reference, examples())
     assert loss.item() == pytest.approx(expected.item(), rel=32 * EPS)
-    assert apart(gradient(loss, adapter), gradient(expected, reference_adapter)) <= 256 * EPS
+    assert relative_error(gradient(loss, adapter), gradient(expected, reference_adapter)) <= 256 * EPS
     assert packs(model) == (name not in RUNS_ALONE)
 
 
 @every_family
 @both_modes
-def test_it_trains_saves_loads_merges_and_comes_apart_bitwise(name, mode, tmp_path):
+def test_adapter_trains_saves_loads_merges_and_unmerges(name, mode, tmp_path):
     model = family(name)
     original = snapshot(model)
     adapter = attach(model, mode=mode)
@@ -163,24 +163,24 @@ def test_it_trains_saves_loads_merges_and_comes_apart_bitwise(name, mode, tmp_pa
     adapter.save_pretrained(tmp_path)
     again = family(name)
     SparseAdapter.from_pretrained(again, tmp_path, mode=mode)
-    written = logits(model)
-    assert torch.equal(logits(again), written) and not torch.equal(written, logits(family(name)))
+    trained_logits = logits(model)
+    assert torch.equal(logits(again), trained_logits) and not torch.equal(trained_logits, logits(family(name)))
     adapter.merge()
-    model.requires_grad_(False)  # as it was written with: torch chooses a product (Jamba's dt_proj) by this flag too
+    model.requires_grad_(False)  # as for the logits above: torch chooses a kernel (Jamba's dt_proj) by this flag too
     if mode == "fold":
-        assert same_bits(snapshot(model), trained) and torch.equal(logits(model), written)
+        assert same_bits(snapshot(model), trained) and torch.equal(logits(model), trained_logits)
     else:
-        assert apart(logits(model), written) <= 64 * EPS
+        assert relative_error(logits(model), trained_logits) <= 64 * EPS
     adapter.unmerge()
     assert same_bits(snapshot(model), original)
 
 
 @every_family
-def test_the_exported_lora_means_the_same_to_peft_and_fits_vllm_and_llama_cpp(name, tmp_path):
+def test_exported_lora_matches_in_peft_and_fits_vllm_and_llama_cpp(name, tmp_path):
     peft = pytest.importorskip("peft")
     model, adapter = adapted(name)
     adapter.export_lora(tmp_path)
-    assert apart(logits(peft.PeftModel.from_pretrained(family(name), tmp_path)), logits(model)) <= 64 * EPS
+    assert relative_error(logits(peft.PeftModel.from_pretrained(family(name), tmp_path)), logits(model)) <= 64 * EPS
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     # vLLM's PEFTHelper: these fields, no bias, no DoRA, no modules_to_save; a rank it has kernels for.
     assert config["r"] in LORA_RANKS and config["bias"] == "none" and config["lora_alpha"] == config["r"]
@@ -189,7 +189,7 @@ def test_the_exported_lora_means_the_same_to_peft_and_fits_vllm_and_llama_cpp(na
     expected = {}
     for site, delta in adapter.sites().items():
         *stack, out_features, in_features = delta.weight.shape
-        if stack:  # PEFT's layer for the last parameter of a module is around the one for the first
+        if stack:  # PEFT wraps the layer of a module's last parameter around that of the first
             assert site in config["target_parameters"]
             inner = "" if site.endswith("down_proj") else ".base_layer"
             site = site.rpartition(".")[0] + inner
@@ -225,31 +225,31 @@ def test_autocast_and_bf16_are_close(name, mode):
 
 
 @families_and_modes
-def test_two_accumulated_batches_are_one(name, mode):
+def test_two_accumulated_batches_match_one(name, mode):
     model, adapter = adapted(name, mode)
     counts = role_counts(collate(examples()))
     whole = gradient(packed_loss(model, examples(), counts), adapter)
     for part in (examples()[:1], examples()[1:]):
         packed_loss(model, part, counts).backward()
     summed = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in adapter.parameters()])
-    assert apart(summed, whole) <= 256 * EPS
+    assert relative_error(summed, whole) <= 256 * EPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"), [("llama", "fold"), ("llama", "side"), ("gpt2", "side"), ("mixtral", "fold")]
 )
-def test_compiled_whole_it_has_the_same_logits_and_gradients(name, mode):
+def test_fully_compiled_model_has_the_same_logits_and_gradients(name, mode):
     torch._dynamo.reset()
     model, adapter = adapted(name, mode)
     inputs = {"input_ids": batch()["input_ids"], "use_cache": False}
     eager, compiled = model(**inputs).logits, torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
-    assert apart(compiled, eager) <= 8 * EPS
+    assert relative_error(compiled, eager) <= 8 * EPS
     gradients = [gradient(found.square().mean(), adapter) for found in (compiled, eager)]
-    assert apart(*gradients) <= 64 * EPS
+    assert relative_error(*gradients) <= 64 * EPS
 
 
-def test_a_family_that_cannot_pack_says_so_once():
+def test_family_that_cannot_pack_warns_once():
     model = family("bamba")
     with pytest.warns(UserWarning, match="BambaForCausalLM does not keep the examples of a packed row apart"):
         packed_loss(model, examples())
@@ -269,18 +269,18 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     ],
 )
-def test_a_long_example_does_not_turn_the_positions_of_those_beside_it(name, options):
+def test_long_example_does_not_change_the_rotation_of_its_neighbours(name, options):
     model = family(name, **options)
     with torch.no_grad():
         for lengths in ([5, 9], [5, 30, 9]):
             ids = torch.arange(sum(lengths))[None] % VOCABULARY
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
-            found = final_hidden(model, ids, positions).split(lengths)
-            for one, part in zip(ids[0].split(lengths), found, strict=True):
-                assert apart(part, model.model(one[None]).last_hidden_state[0]) <= 64 * EPS
+            hidden = final_hidden(model, ids, positions).split(lengths)
+            for one, part in zip(ids[0].split(lengths), hidden, strict=True):
+                assert relative_error(part, model.model(one[None]).last_hidden_state[0]) <= 64 * EPS
 
 
-def test_processes_that_share_such_a_model_run_it_equally_often_whatever_their_rows(monkeypatch):
+def test_sharded_model_with_dynamic_rope_runs_equally_often_for_any_row(monkeypatch):
     model, runs = family("llama", rope_parameters=DYNAMIC, max_position_embeddings=16), []
     assert packs(model)
     monkeypatch.setattr(student, "is_sharded", lambda model: True)
@@ -292,7 +292,7 @@ def test_processes_that_share_such_a_model_run_it_equally_often_whatever_their_r
 
 
 @pytest.mark.parametrize("part", ["lm_head", ""])
-def test_an_offloaded_head_is_said_to_be_one(part):
+def test_offloaded_head_is_refused(part):
     model = family("llama")
     accelerate.cpu_offload(model.get_submodule(part), torch.device("cpu"))
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM is offloaded"):
@@ -300,7 +300,7 @@ def test_an_offloaded_head_is_said_to_be_one(part):
 
 
 @pytest.mark.parametrize(("name", "at"), [("layers.0.mlp.up_proj", (0, 0)), ("norm", 0)])  # all NaN; some infinite
-def test_a_model_of_damaged_weights_is_said_to_be_one(name, at):
+def test_model_with_damaged_weights_is_refused(name, at):
     model = family("llama")
     with torch.no_grad():
         model.model.get_submodule(name).weight[at] = torch.inf
@@ -308,7 +308,7 @@ def test_a_model_of_damaged_weights_is_said_to_be_one(name, at):
         packs(model)
 
 
-def test_asking_whether_it_packs_leaves_the_model_as_it_was():
+def test_packing_check_leaves_the_model_unchanged():
     model = family("llama").train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
@@ -318,21 +318,21 @@ def test_asking_whether_it_packs_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_asking_whether_it_packs_leaves_nothing_in_the_scores():
+def test_packing_check_does_not_affect_scores():
     asked, fresh = family("llama"), family("llama")
     assert packs(asked)
     scores = [placement_scores(model, examples(), DistillConfig(), "activation") for model in (asked, fresh)]
     assert same_bits(scores[0].columns, scores[1].columns)
 
 
-def test_a_head_that_does_more_than_it_says_is_refused():
+def test_head_that_does_more_than_its_config_names_is_refused():
     model = family("llama")
     model.lm_head.register_forward_hook(lambda module, args, y: y * 1.5)
     with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits than"):
         packed_loss(model, examples())
 
 
-def test_a_layer_that_a_mamba_mixer_may_bypass_is_no_target():
+def test_layer_that_a_mamba_mixer_may_bypass_is_no_target():
     with pytest.raises(ValueError, match=r"may use the weight of model\.layers\.0\.mamba\.out_proj without running"):
         attach(family("bamba"), targets=["out_proj"])
 
@@ -352,7 +352,7 @@ def torchao_llama(bits):
 
 
 def bitsandbytes_llama(bits):
-    """LLM.int8(), which rounds the activations too, and NF4."""
+    """LLM.int8() weights, which round the activations too, or NF4 ones."""
     layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
     kind, options = (layers.Linear8bitLt, {"has_fp16_weights": False}) if bits == 8 else (layers.Linear4bit, {})
     model = quantisable()
@@ -368,7 +368,7 @@ QUANTISED = {"torchao": torchao_llama, "bitsandbytes": bitsandbytes_llama}
 
 
 def dequantised(model):
-    """A plain model with the weights that the quantised layers multiply with."""
+    """A plain model with the weights that the quantised layers multiply by."""
     plain = quantisable()
     with torch.no_grad():
         for name, module in plain.named_modules():
@@ -379,10 +379,10 @@ def dequantised(model):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("package", QUANTISED)
-def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
+def test_quantised_base_trains_side_deltas(package, bits, tmp_path):
     model = QUANTISED[package](bits)
     before, plain = logits(model), dequantised(model)
-    assert 0.01 < apart(before, logits(quantisable())) < 0.6, "the weights must have been quantised"
+    assert 0.01 < relative_error(before, logits(quantisable())) < 0.6, "the weights must have been quantised"
     adapter, reference = attach(model), attach(plain, mode="side")
     assert len(adapter.sites()) == 14 and not any(site.is_folded for site in adapter.sites().values())
     assert not adapter.left_out and torch.equal(logits(model), before)
@@ -390,8 +390,8 @@ def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
     assert losses[3] < losses[2] < losses[1] < losses[0]
     reference.load_state_dict(adapter.state_dict())
     ours, theirs = (gradient(packed_loss(m, examples()), a) for m, a in ((model, adapter), (plain, reference)))
-    assert apart(ours, theirs) <= (0.02 if (package, bits) == ("bitsandbytes", 8) else 64 * EPS)
-    written = logits(model)
+    assert relative_error(ours, theirs) <= (0.02 if (package, bits) == ("bitsandbytes", 8) else 64 * EPS)
+    trained = logits(model)
     adapter.save_pretrained(tmp_path)
     with adapter.disabled():
         assert torch.equal(logits(model), before)
@@ -401,4 +401,4 @@ def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
     adapter.detach()
     assert torch.equal(logits(model), before)
     SparseAdapter.from_pretrained(model, tmp_path)
-    assert torch.equal(logits(model), written)
+    assert torch.equal(logits(model), trained)

@@ -11,18 +11,18 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.models.student import final_hidden, head_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of experts, of what runs one at a time, and transformers' own
+pytestmark = pytest.mark.filterwarnings("ignore")  # about experts, examples run alone, and those of transformers
 
-# Text halves of larger models, a router that returns a tuple, attention that is looked at as a matrix, caps and scales
-# of the logits under other names, an attention mask of the model's own.
-PECULIAR = ["llama4", "mllama", "phimoe", "afmoe", "jetmoe", "recurrent_gemma", "inkling_text", "doge"]
+# Text halves of larger models, a router that returns a tuple, attention output that is viewed as a matrix, caps and
+# scales of the logits under other names, an attention mask of the model's own.
+UNUSUAL = ["llama4", "mllama", "phimoe", "afmoe", "jetmoe", "recurrent_gemma", "inkling_text", "doge"]
 
 _HEAD = "does more to its logits than a bias, a scale and a softcap named in its config"
 _LAYERS = "`per_layer_config` keys must be integer layer indices"
 _CONFIGS = "Multiple valid text configs were found in the model config"
 
-# Those that fail, and the error. First what rbfast refuses, a head of several layers; then what cannot be built tiny
-# from its config alone, or doesn't run on its own; that says nothing about rbfast.
+# Model types that fail, and the error. First those that rbfast refuses, as their head has several layers. Then those
+# that cannot be built tiny from their config alone or do not run by themselves, which says nothing about rbfast.
 FAILING = {
     "bert": _HEAD,
     "big_bird": _HEAD,
@@ -78,7 +78,7 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def life(model_type, folder):
+def check_life_cycle(model_type, folder):
     model = tiny(model_type)
     base = logits(model)
     adapter = SparseAdapter.attach(model, density=0.2, rank=1)
@@ -91,28 +91,28 @@ def life(model_type, folder):
     SparseAdapter.from_pretrained(again, folder)
     assert torch.equal(logits(again), trained)
     adapter.merge()
-    model.requires_grad_(False)  # torch chooses a product by this flag too
+    model.requires_grad_(False)  # torch chooses a kernel by this flag too
     assert torch.equal(logits(model), trained)
     adapter.unmerge()
     assert torch.equal(logits(model), base)
 
 
-@pytest.mark.parametrize("model_type", PECULIAR)
-def test_a_peculiar_one_lives_too(model_type, tmp_path):
-    life(model_type, tmp_path)
+@pytest.mark.parametrize("model_type", UNUSUAL)
+def test_unusual_models_attach_train_save_load_and_merge(model_type, tmp_path):
+    check_life_cycle(model_type, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in PECULIAR])
-def test_it_attaches_trains_saves_loads_and_merges(model_type, tmp_path):
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in UNUSUAL])
+def test_other_models_attach_train_save_load_and_merge(model_type, tmp_path):
     if model_type not in FAILING:
-        life(model_type, tmp_path)
+        check_life_cycle(model_type, tmp_path)
         return
     with pytest.raises(Exception, match=re.escape(FAILING[model_type])):
-        life(model_type, tmp_path)
+        check_life_cycle(model_type, tmp_path)
 
 
-def test_only_models_that_transformers_has_are_listed():
-    """A newer transformers may have dropped one."""
-    pytest.importorskip("transformers", minversion="5.23")  # an older one lacks the newest
+def test_every_model_listed_as_failing_exists():
+    """A newer transformers may have dropped a model."""
+    pytest.importorskip("transformers", minversion="5.23")  # an older one lacks the newest models
     assert [name for name in FAILING if name not in MODEL_TYPES] == []

