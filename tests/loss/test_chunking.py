@@ -1,4 +1,4 @@
-"""How many rows a loss takes at a time, and what it computes if it goes about it as on a GPU."""
+"""The number of rows in a chunk of the loss, and the gradients computed on a CPU by the plan for a GPU."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LLAMA_8B = torch.Size((128256, 4096))
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 95, 500, 1000, 1025, 4096, 4097, 50_000])
 @pytest.mark.parametrize("V", [1, 500, 49152, 128256, 262144])
 @pytest.mark.parametrize("asked", [None, 1, 7, 3000])
-def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
+def test_chunks_are_whole_tiles(rows, V, asked):
     for plan in (
         chunk_on_cpu(rows, 4 * V, asked),
         chunk_on_cpu(rows, 4 * V, asked, chunking.IN_TILES),
@@ -31,7 +31,7 @@ def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
             assert -(-rows // plan.product) <= 2
 
 
-def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
+def test_gpu_memory_stays_below_a_gigabyte_for_llama_8b():
     V, H = LLAMA_8B
     for plan, extra_bytes in (
         (chunk_on_gpu(4096, 4 * V, None), 0),
@@ -45,13 +45,13 @@ def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
 
 
 @pytest.mark.parametrize("V", [40_000, 128_256, 151_936, 190_000, 262_144])
-def test_logits_beside_a_teacher_s_keep_within_the_memory_of_a_gpu(V):
+def test_student_and_teacher_logits_fit_the_memory_for_a_gpu(V):
     plan = chunk_on_gpu(4096, 4 * V, None, extra_bytes=4 * V)
     assert plan.chunk * 4 * V + plan.extra * 4 * V <= chunking.GPU_BYTES
 
 
 @pytest.mark.parametrize("rows", [1025, 2047, 2048, 2049])
-def test_a_gradient_that_is_summed_in_bf16_takes_two_products(rows):
+def test_gradient_summed_in_bf16_takes_two_products(rows):
     plan = chunk_trained_head(rows, 4 * 262144, None, torch.Size((262144, 1000)))
     assert plan.rounds_sum and -(-rows // plan.product) == 2
 
@@ -60,7 +60,7 @@ def test_rows_of_logits_are_aligned_whatever_the_vocabulary():
     assert [chunked_loss.row_width(V) for V in (0, 1, 32, 50257)] == [0, 32, 32, 50272]
 
 
-def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
+def test_long_batch_sums_the_head_gradient_in_fp32():
     assert chunk_trained_head(4 * 4096, 4 * LLAMA_8B[0], None, LLAMA_8B).rounds_sum
     plan = chunk_trained_head(4 * 4096 + 1, 4 * LLAMA_8B[0], None, LLAMA_8B)
     assert plan.keeps_dz and not plan.rounds_sum
@@ -81,8 +81,8 @@ def test_two_products_in_bf16_cost_a_gradient_less_than_0_3_percent(products):
 @pytest.mark.parametrize("memory", [925 * 10**6, 2 * 1500 * 24])
 @pytest.mark.parametrize("chunk_rows", [None, 1])
 @pytest.mark.parametrize("kind", ["dense", "top-k"])
-def test_a_head_trained_as_on_a_gpu_has_the_gradient_of_the_plain_formula(kind, chunk_rows, memory, monkeypatch):
-    """dz in memory of its own, for several chunks; a sum of one or of two products, or in fp32 (memory for 24 rows)."""
+def test_head_gradient_by_the_gpu_plan_matches_the_plain_formula(kind, chunk_rows, memory, monkeypatch):
+    """dz in separate memory for several chunks; one product, a sum of two, or a sum in fp32 (memory for 24 rows)."""
     monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
     monkeypatch.setattr(chunking, "GPU_BYTES", memory)
     monkeypatch.setattr(chunking, "TILE_ROWS", 16)
@@ -99,7 +99,7 @@ def test_a_head_trained_as_on_a_gpu_has_the_gradient_of_the_plain_formula(kind, 
 
 
 @pytest.mark.parametrize("rows", [None, torch.arange(0)])
-def test_a_head_trained_as_on_a_gpu_has_no_gradient_of_no_rows(rows, monkeypatch):
+def test_head_gradient_by_the_gpu_plan_is_zero_without_rows(rows, monkeypatch):
     monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
     monkeypatch.setattr(chunked_loss.torch, "empty", lambda shape, **kinds: torch.full(shape, torch.nan, **kinds))
     near = Near(1.0)
@@ -109,7 +109,7 @@ def test_a_head_trained_as_on_a_gpu_has_no_gradient_of_no_rows(rows, monkeypatch
     assert not near.weight.grad.any() and not near.hidden.grad.any()
 
 
-def test_a_second_backward_pass_gives_the_same_gradients():
+def test_second_backward_agrees_and_does_not_overwrite_the_first():
     near = Near(0.1)
     inputs = (near.hidden, near.weight)
     for reduction in ("mean", "none"):

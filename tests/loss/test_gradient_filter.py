@@ -1,4 +1,4 @@
-"""A filtered gradient lacks at most what it says it lacks."""
+"""The gradient filter: its error stays within the bound that it reports."""
 
 import math
 
@@ -14,8 +14,8 @@ from rbfast.loss.teacher_signal import Dense, TopK
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, reduction, monkeypatch):
-    if ops.cpu_isa() == "amx":  # which filters no bf16
+def test_filtered_gradient_error_is_within_its_bound(dtype, head_trains, reduction, monkeypatch):
+    if ops.cpu_isa() == "amx":  # AMX does not filter bf16
         monkeypatch.setenv("RBFAST_CPU_ISA", "avx512_bf16")
     T, H, V = 60, 24, 3000
     g = torch.Generator().manual_seed(0)
@@ -50,9 +50,9 @@ def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, redu
         assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
 
 
-def test_a_filter_that_saves_nothing_is_left_out(monkeypatch):
+def test_filter_is_skipped_where_it_saves_nothing(monkeypatch):
     monkeypatch.setenv("RBFAST_CPU_ISA", "amx")
-    if ops.cpu_isa() != "amx":  # as if this CPU had it
+    if ops.cpu_isa() != "amx":  # pretend that this CPU has it
         monkeypatch.delenv("RBFAST_CPU_ISA")
         monkeypatch.setattr("rbfast.ops.registry.uses_tiles", lambda hidden, weight: True)
     weight, labels = torch.randn(300, 8).bfloat16(), torch.arange(5)
@@ -66,8 +66,8 @@ def test_a_filter_that_saves_nothing_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_the_bound_of_a_filtered_gradient_is_reached_where_everything_left_out_adds_up(dtype):
-    """One direction for the whole head, and logits by the bias: what is left out has one sign."""
+def test_error_bound_is_tight_where_all_dropped_terms_add_up(dtype):
+    """All rows of the head are equal and the bias sets the logits, so all dropped terms point the same way."""
     T, H, V = 5, 8, 5000
     direction = torch.linspace(-1, 1, H, dtype=dtype)
     hidden, bias = torch.randn(T, H, dtype=dtype).requires_grad_(), torch.linspace(0, 12, V, dtype=dtype)
@@ -81,13 +81,13 @@ def test_the_bound_of_a_filtered_gradient_is_reached_where_everything_left_out_a
     )
 
 
-def test_a_filter_takes_extreme_heads():
+def test_filter_accepts_extreme_heads():
     hidden = -torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).half()
     weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(1)).half()
     weight[0] = 6e4  # a norm beyond fp16, and logits far below all others
     labels, loss_fn = torch.tensor([1, -100, 2, 3]), DistillLoss(gradient_filter=0.3)
     assert not bool(
         loss_fn(hidden, weight, labels, ce_weight=1.0).hidden_grad_error_bound.any()
-    )  # no gradient, nothing left out
+    )  # no gradient, so nothing is dropped
     out = loss_fn(hidden.requires_grad_(), weight, labels, ce_weight=1.0)
     assert out.hidden_grad_error_bound.tolist() == [math.inf, 0.0, math.inf, math.inf]

@@ -1,4 +1,4 @@
-"""How often a loss waits for its device, and what a small call costs the host."""
+"""Waits of the loss for its device, and the cost of a small call on the host."""
 
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def signals(kind: str) -> list:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignored", [0, 8])
 @pytest.mark.parametrize("kind", ["text", "top-k", "dense", "mixed"])
-def test_a_loss_waits_once_and_never_if_it_is_told_its_rows(kind, ignored, reduction, trained_head, monkeypatch):
+def test_loss_waits_at_most_once_and_never_with_rows_given(kind, ignored, reduction, trained_head, monkeypatch):
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(T, H, generator=g), torch.randn(V, H, generator=g)
     labels = torch.randint(V, (T,), generator=g)
@@ -48,14 +48,14 @@ def test_a_loss_waits_once_and_never_if_it_is_told_its_rows(kind, ignored, reduc
             out.loss.backward(upstream)
         return waits.found, [out.loss.detach(), out.divergence, out.ce, *(x.grad for x in inputs if x.requires_grad)]
 
-    asked, values = run()
-    assert len(asked) <= 1, asked
-    told, same = run(rows=rows)
-    assert told == []
+    waited, values = run()
+    assert len(waited) <= 1, waited
+    waited_with_rows, same = run(rows=rows)
+    assert waited_with_rows == []
     assert all(map(torch.equal, values, same))
 
 
-# What a call launches, forward and backward: if told its rows, and if not. Each costs the host more than the device.
+# Launches of a call, forward and backward, with its rows given and without. Each costs the host more than the device.
 MOST_LAUNCHES = {
     ("text", 0): (8, 13),
     ("top-k", 0): (8, 25),
@@ -66,7 +66,7 @@ MOST_LAUNCHES = {
 
 
 @pytest.mark.parametrize("kind, ignored", MOST_LAUNCHES)
-def test_a_small_call_is_few_launches(kind, ignored, monkeypatch):
+def test_small_call_makes_few_launches(kind, ignored, monkeypatch):
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(T, H, generator=g).requires_grad_()
     weight = torch.randn(V, H, generator=g).requires_grad_()
@@ -80,12 +80,12 @@ def test_a_small_call_is_few_launches(kind, ignored, monkeypatch):
         assert calls.launches <= most
 
 
-MOST_CALLS = 60  # of functions of ours; torch makes about 40 of its own for an empty autograd.Function
+MOST_CALLS = 60  # of our functions; torch makes about 40 calls of its own for an empty autograd.Function
 OURS = str(Path(rbfast.__file__).parent)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_call_is_its_three_ops_and_little_else(dtype, monkeypatch):
+def test_small_call_runs_three_ops_and_little_else(dtype, monkeypatch):
     hidden, weight = torch.randn(T, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
     labels, rows, (teacher,) = torch.zeros(T, dtype=torch.int64), torch.arange(T), signals("top-k")
     loss_fn, calls = DistillLoss(), 0
@@ -94,10 +94,10 @@ def test_a_small_call_is_its_three_ops_and_little_else(dtype, monkeypatch):
         nonlocal calls
         calls += event == "call" and frame.f_code.co_filename.startswith(OURS)
 
-    with host_waits(monkeypatch) as found:
+    with host_waits(monkeypatch) as recorded:
         loss_fn(hidden, weight, labels, teacher, ce_weight=0.3, rows=rows).loss.backward()
-    # The head forward, the rows and the head back; autograd's first gradient, and the product with it.
-    assert found.launches <= 5
+    # The forward of the head, the rows, the backward of the head; autograd's first gradient, and the product with it.
+    assert recorded.launches <= 5
     try:
         sys.setprofile(count)
         loss_fn(hidden, weight, labels, teacher, ce_weight=0.3, rows=rows).loss.backward()

@@ -39,7 +39,7 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
 
 
 def at_temperature(z, ids, log_p, s, tau, beta):
-    """k + 1 buckets of log-probs that were taken at temperature s, by the formula of TopK's docstring, in fp64."""
+    """The divergence from log-probs taken at temperature s, in k + 1 buckets by the formula in TopK's docstring."""
     support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
     shape = torch.softmax((z.detach() / s).masked_fill(support, -torch.inf), 1)
     unseen = 1 - log_p.exp().sum(1, keepdim=True)
@@ -57,7 +57,7 @@ def at_temperature(z, ids, log_p, s, tau, beta):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trains_head", [False, True])
 def test_log_probs_at_a_temperature_match_the_plain_formula_in_mixed_rows(beta, reduction, head, trains_head):
-    """Three signals of log-probs, at 2, at 0.6 and at 1, one whole distribution of more ids, and rows of text."""
+    """Log-probs at temperatures 2, 0.6 and 1, full distributions over more ids, and rows of text."""
     case = Case()
     hidden, weight, bias = (x.clone().requires_grad_(i == 0 or trains_head) for i, x in enumerate(case.inputs()))
     inputs = [hidden, weight, bias] if trains_head else [hidden]
@@ -91,7 +91,7 @@ def test_log_probs_at_a_temperature_match_the_plain_formula_in_mixed_rows(beta, 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("gap", [1.0, 0.02])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_log_probs_already_at_the_temperature_are_compared_as_they_came(isa, beta, gap, ce_weight):
+def test_log_probs_already_at_the_temperature_are_used_unchanged(isa, beta, gap, ce_weight):
     """What TRL's served teachers send: log softmax(y / 2), for a loss at temperature 2; in bf16, against fp64."""
     case, tau = Near(gap), 2.0
     log_p, ids = torch.log_softmax(case.log_p / tau, 1).topk(case.K, 1)
@@ -118,7 +118,7 @@ def test_log_probs_already_at_the_temperature_are_compared_as_they_came(isa, bet
 def test_bits_at_a_temperature_do_not_depend_on_chunks():
     case = Near(0.5)
     log_p, ids = torch.log_softmax(case.log_p / 2, 1).topk(case.K, 1)
-    found = []
+    results = []
     for rows in (32, 64):
         out = DistillLoss(chunk_rows=rows)(
             case.hidden,
@@ -128,11 +128,11 @@ def test_bits_at_a_temperature_do_not_depend_on_chunks():
             ce_weight=0.3,
             temperature=2.0,
         )
-        found.append((out.divergence, out.ce, torch.autograd.grad(out.loss, case.hidden)[0]))
-    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+        results.append((out.divergence, out.ce, torch.autograd.grad(out.loss, case.hidden)[0]))
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
-def test_without_gradients_none_is_computed(monkeypatch):
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     case = Case()
     inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     monkeypatch.setattr("rbfast.ops.reference.head_backward_", lambda *_: pytest.fail("a gradient of hidden"))
@@ -150,7 +150,7 @@ def test_gradcheck(beta):
     inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Top-k rows at temperature 1: elsewhere the teacher's tail follows the student, a constant that moves.
+        # At temperature 1, as at others the teacher's tail follows the student, yet counts as a constant.
         return DistillLoss(beta, softcap=3.0)(
             hidden, weight, case.labels, case.signals(), kl_weight=case.w, ce_weight=case.a, head_bias=bias
         ).loss
@@ -176,24 +176,24 @@ def test_gradient_error_is_at_most_0_3_percent_near_the_teacher(isa, kind, beta,
 
 @pytest.mark.parametrize("gap", [1.0, 0.02, 0.001])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_gradient_error_under_a_head_that_both_share(isa, beta, gap):
-    """Logits of size 4 in fp32: two products of their own would be off by 0.3% of a gap of 0.001."""
+def test_gradient_error_under_a_shared_head(isa, beta, gap):
+    """Logits of size 4 in fp32: two separate products would be off by 0.3% of a gap of 0.001."""
     T, H, V = 37, 64, 1003
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(T, H, generator=g), 4 / H**0.5 * torch.randn(V, H, generator=g)
     theirs, labels = hidden + gap / 4 * torch.randn(T, H, generator=g), torch.randint(V, (T,), generator=g)
-    found = []
+    results = []
     for dtype in (torch.float32, torch.float64):
         x, head = hidden.to(dtype).requires_grad_(), weight.to(dtype)
         teacher = Dense(theirs, head) if dtype == torch.float32 else Dense(logits=theirs.double() @ head.T)
         out = DistillLoss(beta, chunk_rows=32)(x, head, labels, teacher)
-        found.append((torch.autograd.grad(out.loss, x)[0], out.divergence))
-    for ours, exact in zip(*found, strict=True):
+        results.append((torch.autograd.grad(out.loss, x)[0], out.divergence))
+    for ours, exact in zip(*results, strict=True):
         assert relative_error(ours, exact) <= 0.001
 
 
 @pytest.mark.parametrize("view", [lambda head: head[:5], lambda head: head.T])
-def test_a_teachers_head_in_the_memory_of_the_students_need_not_be_the_same(view):
+def test_teacher_head_that_views_the_students_memory_is_not_shared(view):
     torch.manual_seed(0)
     hidden, theirs, weight = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 8)
     labels = torch.zeros(6, dtype=torch.int64)
@@ -202,7 +202,7 @@ def test_a_teachers_head_in_the_memory_of_the_students_need_not_be_the_same(view
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_shared_head_of_16_bits_does_not_round_the_difference_of_hidden_states(dtype):
+def test_shared_16_bit_head_does_not_round_the_hidden_difference(dtype):
     torch.manual_seed(0)
     hidden, theirs, weight = (torch.randn(n, 8).to(dtype) for n in (6, 6, 37))
     labels = torch.zeros(6, dtype=torch.int64)
@@ -234,7 +234,7 @@ def test_bits_do_not_depend_on_chunks_threads_or_packing(isa, dtype, threads):
     for count, chunk_rows in ((1, 1), (2, 7), (3, 1000)):
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(run(chunk_rows, torch.arange(T)), truth, strict=True))
-    # In another packing order the head's gradient is another sum of the same terms; all else keeps its bits.
+    # In another packing order the head's gradient sums the same terms in another order; all else is bitwise equal.
     shuffled = run(7, torch.randperm(T, generator=g))
     assert all(torch.equal(a, b) for a, b in zip(shuffled[:4], truth[:4], strict=True))
     torch.testing.assert_close(shuffled[4:], truth[4:])
@@ -246,11 +246,11 @@ def test_hidden_and_head_of_two_dtypes_keep_the_precision_of_each(isa, dtypes):
     leaves = (near.hidden, near.weight, torch.linspace(-1, 1, near.V))
     kinds = [getattr(torch, name) for name in (*dtypes, "bfloat16")]
     inputs = [x.detach().to(kind).requires_grad_() for x, kind in zip(leaves, kinds, strict=True)]
-    found = []
+    gradients = []
     for given in (inputs, [x.detach().double().requires_grad_() for x in inputs]):
         out = DistillLoss()(*given[:2], near.labels, near.signal("top-k"), ce_weight=0.3, head_bias=given[2])
-        found.append(torch.autograd.grad(out.loss, given))
-    for ours, exact in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(out.loss, given))
+    for ours, exact in zip(*gradients, strict=True):
         assert relative_error(ours, exact) <= 8 * torch.finfo(ours.dtype).eps
 
 
@@ -267,7 +267,7 @@ def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reducti
         assert relative_error(ours, theirs) <= 0.003
 
 
-def test_a_sum_has_the_same_bits_in_any_order_of_its_rows():
+def test_loss_is_bitwise_independent_of_the_order_of_rows():
     hidden, weight, labels = torch.ones(3, 8), torch.eye(8), torch.zeros(3, dtype=torch.int64)
     orders = permutations(torch.tensor([1.0, 1e20, -1e20]))
     losses = {DistillLoss()(hidden, weight, labels, ce_weight=torch.stack(order)).loss.item() for order in orders}
@@ -275,7 +275,7 @@ def test_a_sum_has_the_same_bits_in_any_order_of_its_rows():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_has_the_same_gradients_and_leaves_the_first(reduction):
+def test_second_backward_agrees_and_does_not_overwrite_the_first(reduction):
     case = Case()
     inputs = [x.requires_grad_() for x in case.inputs()]
     out = DistillLoss(reduction=reduction)(
@@ -294,20 +294,20 @@ def test_num_items_divides_the_mean():
     total = DistillLoss(reduction="sum")(*arguments).loss
     torch.testing.assert_close(DistillLoss()(*arguments, num_items=50).loss, total / 50)
     torch.testing.assert_close(DistillLoss()(*arguments, num_items=torch.tensor(50)).loss, total / 50)
-    told, by = DistillLoss(reduction="sum")(*arguments, **case.arguments()).loss, torch.tensor(50)
-    torch.testing.assert_close(DistillLoss()(*arguments, **case.arguments(), num_items=by).loss, told / 50)
+    weighted_total, items = DistillLoss(reduction="sum")(*arguments, **case.arguments()).loss, torch.tensor(50)
+    torch.testing.assert_close(DistillLoss()(*arguments, **case.arguments(), num_items=items).loss, weighted_total / 50)
     with pytest.raises(ValueError, match="num_items"):
         DistillLoss(reduction="sum")(*arguments, num_items=50)
 
 
 @pytest.mark.parametrize("as_tensor", [torch.tensor, lambda x: torch.full((48,), x)])
-def test_a_number_weighs_as_a_tensor_of_it(as_tensor):
+def test_weights_given_as_numbers_or_tensors_agree_bitwise(as_tensor):
     near, numbers = Near(0.1), {"kl_weight": 0.5, "ce_weight": 0.25, "temperature": 2.0}
-    found = []
+    results = []
     for parameters in (numbers, {name: as_tensor(number) for name, number in numbers.items()}):
         out = DistillLoss(reduction="sum")(near.hidden, near.weight, near.labels, near.signal("top-k"), **parameters)
-        found.append((out.loss, out.divergence, out.ce, *torch.autograd.grad(out.loss, (near.hidden, near.weight))))
-    assert all(map(torch.equal, *found))
+        results.append((out.loss, out.divergence, out.ce, *torch.autograd.grad(out.loss, (near.hidden, near.weight))))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("labels", [torch.full((5,), -100), torch.zeros(0, dtype=torch.int64)])
@@ -326,7 +326,7 @@ def test_nothing_to_learn_is_zero_with_zero_gradients(labels, reduction):
 
 
 @pytest.mark.parametrize("student, teacher", [(37, 29), (29, 37)])
-def test_other_vocabulary_is_restricted_not_padded(student, teacher):
+def test_vocabularies_of_different_size_are_cut_to_the_shared_ids(student, teacher):
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 8).double().requires_grad_(), torch.randn(student, 8).double()
     logits = torch.randn(6, teacher).double()
@@ -339,7 +339,7 @@ def test_other_vocabulary_is_restricted_not_padded(student, teacher):
     torch.testing.assert_close(torch.autograd.grad(out.loss, hidden), expected)
 
 
-def test_a_dense_teacher_has_a_head_of_its_own():
+def test_dense_teacher_uses_its_own_head():
     torch.manual_seed(0)
     student, labels = (torch.randn(6, 8), torch.randn(11, 8)), torch.zeros(6, dtype=torch.int64)
     theirs, head = (torch.randn(6, 8), torch.randn(11, 8), torch.randn(11)), {"logit_scale": 0.7, "softcap": 1.5}
@@ -348,7 +348,7 @@ def test_a_dense_teacher_has_a_head_of_its_own():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_teacher_that_trains_gets_no_gradient(reduction):
+def test_teacher_and_weights_get_no_gradient(reduction):
     torch.manual_seed(0)
     hidden, weight, *theirs = (torch.randn(*n, requires_grad=True) for n in ((8, 4), (11, 4), (4, 4), (11, 4), (11,)))
     logits, logprobs = torch.randn(2, 11, requires_grad=True), torch.tensor([[-1.0], [-2.0]], requires_grad=True)
@@ -378,31 +378,31 @@ def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     torch.testing.assert_close(messy.divergence, clean.divergence)
 
 
-def test_an_id_may_appear_often_in_a_wide_row():
+def test_repeated_ids_in_a_wide_row_are_merged():
     torch.manual_seed(0)
     rows, k = 64, 300
     ids = torch.randint(-1, 20, (rows, k))
     logprobs = torch.randn(rows, k, dtype=torch.float64).log_softmax(1).masked_fill(ids < 0, -torch.inf)
     given = ids.clone(), logprobs.clone()
-    found = merge_duplicates(TopK(ids, logprobs))
+    merged = merge_duplicates(TopK(ids, logprobs))
     assert torch.equal(ids, given[0]) and torch.equal(logprobs, given[1])
     expected = torch.zeros(rows, 20, dtype=torch.float64).scatter_add_(1, ids.clamp(min=0), logprobs.exp())
-    masses = torch.zeros_like(expected).scatter_add_(1, found.ids.clamp(min=0), found.logprobs.exp())
+    masses = torch.zeros_like(expected).scatter_add_(1, merged.ids.clamp(min=0), merged.logprobs.exp())
     torch.testing.assert_close(masses, expected)
-    assert repeated_id(found.ids) == -1 and torch.equal(found.ids[:, 0], ids[:, 0])
-    assert torch.equal(found.ids == -1, found.logprobs == -torch.inf)
+    assert repeated_id(merged.ids) == -1 and torch.equal(merged.ids[:, 0], ids[:, 0])
+    assert torch.equal(merged.ids == -1, merged.logprobs == -torch.inf)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_checked_signal_has_each_id_once(number):
-    found = check_top_k(TopK(torch.tensor([[number, number]]), torch.tensor([[0.25, 0.5]]).log()))
-    assert found.ids.tolist() == [[number, -1]]
-    torch.testing.assert_close(found.logprobs.exp(), torch.tensor([[0.75, 0.0]]))
+def test_check_top_k_merges_repeated_ids(number):
+    checked = check_top_k(TopK(torch.tensor([[number, number]]), torch.tensor([[0.25, 0.5]]).log()))
+    assert checked.ids.tolist() == [[number, -1]]
+    torch.testing.assert_close(checked.logprobs.exp(), torch.tensor([[0.75, 0.0]]))
     with pytest.raises(ValueError, match="add up to more than 1"):
         check_top_k(TopK(torch.tensor([[number, 2]]), torch.tensor([[0.75, 0.5]]).log()))
 
 
-def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
+def test_signal_without_ids_works_beside_one_with_duplicates():
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
     empty = TopK(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0), torch.tensor([0, 1]))
@@ -413,7 +413,7 @@ def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
     torch.testing.assert_close(*outs)
 
 
-def test_log_probs_a_little_over_one_are_scaled_back():
+def test_probabilities_slightly_over_one_are_scaled_back():
     logprobs = torch.tensor([[0.7, 0.302]]).log()
     hidden, weight = torch.zeros(1, 8), torch.zeros(37, 8)
     out = DistillLoss()(hidden, weight, torch.tensor([0]), TopK(torch.tensor([[3, 5]]), logprobs))
@@ -442,7 +442,7 @@ def test_values_are_the_same_without_gradients_and_under_autocast():
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
 
 
-def test_labels_and_rows_may_be_of_any_integers():
+def test_labels_ids_and_rows_may_be_any_integers():
     case, losses = Case(), []
     for dtype in (torch.int64, torch.int32):
         signal = TopK(case.ids.to(dtype), case.logprobs, case.topk_rows.to(dtype))
@@ -450,7 +450,7 @@ def test_labels_and_rows_may_be_of_any_integers():
     assert torch.equal(*losses)
 
 
-def test_a_default_device_changes_nothing():
+def test_default_device_changes_nothing():
     case = Case()
     arguments = (case.hidden.float(), case.weight.float(), case.labels, case.signals())
     plain = DistillLoss()(*arguments)
@@ -459,7 +459,7 @@ def test_a_default_device_changes_nothing():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_gradient_of_the_gradient_is_refused(reduction):
+def test_double_backward_is_refused(reduction):
     case = Case()
     hidden = case.hidden.float().requires_grad_()
     loss = DistillLoss(reduction=reduction)(hidden, case.weight.float(), case.labels, case.signals()).loss.sum()

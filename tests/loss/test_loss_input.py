@@ -1,4 +1,4 @@
-"""What DistillLoss is given: bad tensors, signals and settings are refused by name."""
+"""DistillLoss refuses bad tensors, signals and settings by name."""
 
 import math
 
@@ -11,7 +11,7 @@ from rbfast.loss.teacher_signal import Dense, TopK
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, torch.ones(9), "2"])
-def test_a_signal_at_no_temperature_is_refused(temperature):
+def test_invalid_temperature_of_a_signal_is_refused(temperature):
     case = Case()
     signal = TopK(case.ids, case.logprobs, case.topk_rows, temperature=temperature)
     with pytest.raises(ValueError, match="TopK's temperature must be a positive number"):
@@ -22,7 +22,7 @@ def test_a_signal_at_no_temperature_is_refused(temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, beta, known):
+def test_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, beta, known):
     case = Case()
     logits = case.teacher_logits.to(dtype)
     logits[3] = value
@@ -33,7 +33,7 @@ def test_a_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, be
         DistillLoss(beta)(case.hidden.to(dtype), case.weight.to(dtype), case.labels, signal, rows=rows)
 
 
-def test_a_teacher_row_that_holds_only_ids_unknown_to_the_student_is_refused():
+def test_teacher_row_with_only_ids_unknown_to_the_student_is_refused():
     case = Case()
     known = case.weight.shape[0]
     logits = torch.zeros(len(case.dense_rows), known + 3)
@@ -42,7 +42,7 @@ def test_a_teacher_row_that_holds_only_ids_unknown_to_the_student_is_refused():
         DistillLoss()(case.hidden, case.weight, case.labels, Dense(logits=logits, rows=case.dense_rows))
 
 
-def test_a_teacher_that_excludes_most_ids_is_fine_and_a_broken_student_is_not_blamed_on_it():
+def test_masked_teacher_is_accepted_and_a_nan_student_gives_nan():
     case = Case()
     logits = case.teacher_logits.clone()
     logits[:, 1:] = -torch.inf
@@ -51,7 +51,7 @@ def test_a_teacher_that_excludes_most_ids_is_fine_and_a_broken_student_is_not_bl
     assert DistillLoss()(case.hidden * torch.nan, case.weight, case.labels, signal).loss.isnan()
 
 
-def good() -> dict:
+def valid_arguments() -> dict:
     torch.manual_seed(0)
     logprobs, ids = torch.log_softmax(torch.randn(5, 11), 1).topk(3, 1)
     labels = torch.tensor([1, 2, -100, 3, 4])
@@ -133,7 +133,7 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
-    arguments = good()
+    arguments = valid_arguments()
     DistillLoss()(**arguments)
     with pytest.raises(ValueError, match=message):
         DistillLoss()(**{**arguments, **change(arguments)})
@@ -152,7 +152,7 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_rows_that_do_not_fit_are_refused(rows, message):
     teacher = TopK(torch.ones(2, 1).long(), torch.zeros(2, 1), torch.arange(2))
     with pytest.raises(ValueError, match=message):
-        DistillLoss()(**good() | {"teacher": teacher}, rows=rows)
+        DistillLoss()(**valid_arguments() | {"teacher": teacher}, rows=rows)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The memory of a chunk's logits, which calls of a loss on a CPU hand on to each other."""
+"""The memory for a chunk's logits, which calls of the loss on a CPU reuse."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,7 +43,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_a_call_writes_to_the_memory_of_the_one_before_whatever_is_in_it():
+def test_memory_is_reused_whatever_it_contains():
     case = Case()
     first = solve(case)
     memory = kept()
@@ -55,7 +55,7 @@ def test_a_call_writes_to_the_memory_of_the_one_before_whatever_is_in_it():
     assert kept() is not memory
 
 
-def test_a_smaller_call_uses_a_part_and_a_larger_one_gets_more():
+def test_smaller_call_uses_part_of_the_memory_and_larger_gets_more():
     few, many = solve_text(10), solve_text(100)
     large = kept()
     large.fill_(255)
@@ -78,7 +78,7 @@ def test_memory_from_inference_mode_serves_a_training_step():
     assert kept() is memory
 
 
-def test_it_is_on_the_cpu_whatever_the_default_device():
+def test_memory_is_on_the_cpu_whatever_the_default_device():
     case = Case()
     expected = solve(case)
     workspace.release()
@@ -86,7 +86,7 @@ def test_it_is_on_the_cpu_whatever_the_default_device():
         assert same(expected, solve(case))
 
 
-def test_threads_do_not_share_it():
+def test_threads_do_not_share_memory():
     cases = [Case(seed) for seed in range(8)]
     expected = [solve(case) for case in cases]
     with ThreadPoolExecutor(4) as pool:
@@ -102,7 +102,7 @@ def test_huge_memory_is_not_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("theirs", [0, 8192])
-def test_a_call_takes_the_memory_that_is_planned_for_it(theirs):
+def test_memory_matches_the_plan(theirs):
     tokens, own = 2000, 16384  # in several chunks
     hidden, weight = torch.ones(tokens, 8).bfloat16(), torch.ones(own, 8).bfloat16()
     teacher = Dense(hidden, weight[:theirs]) if theirs else None
@@ -111,7 +111,7 @@ def test_a_call_takes_the_memory_that_is_planned_for_it(theirs):
     assert kept().numel() == logits_bytes(tokens, own, hidden.device, theirs) < 4 * tokens * (own + theirs)
 
 
-def test_a_call_on_a_gpu_takes_none(monkeypatch):
+def test_call_on_a_gpu_keeps_no_memory(monkeypatch):
     expected = solve_text(10)
     workspace.release()
     monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
