@@ -92,7 +92,7 @@ def test_empty(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_goes_where_it_does_in_torch(name: str, dtype: torch.dtype, bad: float) -> None:
+def test_non_finite_values_spread_as_in_torch(name: str, dtype: torch.dtype, bad: float) -> None:
     d = make((65, 90, 77, 33, 2), dtype)
     for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
         tensor[-1, -1] = bad
@@ -125,7 +125,7 @@ def test_writing_through_a_view_touches_nothing_else(dtype: torch.dtype) -> None
         assert view._base is not None and view._base.isnan().sum() == 3 * target.numel()
 
 
-def test_an_expanded_gradient() -> None:
+def test_expanded_gradient_is_accepted() -> None:
     d = make((70, 90, 77, 33, 3), torch.bfloat16)
     expanded = replace(d, dy=torch.tensor(0.5, dtype=torch.bfloat16).expand(70, 77))
     assert_same(run("column_grad", expanded), run("column_grad", replace(d, dy=expanded.dy.contiguous())))
@@ -153,12 +153,12 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (1, 2, 5))
-def test_fold_writes_the_bits_of_the_reference(dtype: torch.dtype, k: int) -> None:
+def test_fold_matches_the_reference_bitwise(dtype: torch.dtype, k: int) -> None:
     d = make((1, 300, 100, 270, k), dtype)
     assert_same(run("column_fold_", d), run("column_fold_", d, reference))
 
 
-def some_to_fold() -> list[Delta]:
+def deltas_to_fold() -> list[Delta]:
     """Matrices of every dtype, in several layouts, of one row and of many blocks, with and without ranks."""
     shapes = ((1, 96, 100, 64, 3), (1, 40, 2100, 17, 1), (1, 9, 0, 7, 2), (1, 300, 33, 270, 5), (1, 96, 1, 32, 0))
     made = [make(shape, dtype, seed=i) for i, (shape, dtype) in enumerate(product(shapes, DTYPES))]
@@ -166,16 +166,16 @@ def some_to_fold() -> list[Delta]:
     return [*made, make((1, 96, 77, 32, 2), torch.float16, run=8)]
 
 
-def test_many_folds_in_one_call_are_those_of_single_calls(threads: Callable[[int], None]) -> None:
-    deltas = some_to_fold()
+def test_batched_fold_matches_single_folds(threads: Callable[[int], None]) -> None:
+    deltas = deltas_to_fold()
     expected = [run("column_fold_", d)[0] for d in deltas]
     for count in (1, 3):
         threads(count)
         assert_same(tuple(fold_all(deltas)), tuple(expected))
-    assert all(map(torch.equal, [d.weight for d in deltas], [d.weight for d in some_to_fold()]))  # those are copies
+    assert all(map(torch.equal, [d.weight for d in deltas], [d.weight for d in deltas_to_fold()]))  # unchanged
 
 
-def test_many_folds_check_all_before_they_write(isa: str) -> None:
+def test_batched_fold_checks_everything_before_it_writes(isa: str) -> None:
     good, bad = make((1, 90, 77, 33, 2), torch.float32), make((1, 90, 77, 33, 2), torch.float32)
     weights = [good.weight.clone(), bad.weight]
     columns, lists = [good.cols, bad.cols + 90], ([d.A for d in (good, bad)], [d.B for d in (good, bad)])
@@ -190,12 +190,12 @@ def test_many_folds_check_all_before_they_write(isa: str) -> None:
         ops.column_fold_all_(weights, [good.base], columns, *lists, 1.0, [1, 1])
 
 
-def test_many_folds_without_a_kernel_are_those_of_the_op_of_one() -> None:
-    deltas = some_to_fold()
+def test_batched_fold_of_the_reference_matches_the_kernel() -> None:
+    deltas = deltas_to_fold()
     assert_same(tuple(fold_all(deltas, reference)), tuple(fold_all(deltas)))
 
 
-def test_many_folds_pass_opcheck() -> None:
+def test_batched_fold_passes_opcheck() -> None:
     made = [make((1, 90, 77, 33, 2), torch.bfloat16, seed=seed) for seed in range(2)]
     lists = ([getattr(d, name) for d in made] for name in ("weight", "base", "cols", "A", "B"))
     torch.library.opcheck(ops.column_fold_all_, (*lists, 0.7, [1, 1]))
@@ -212,7 +212,7 @@ def test_fold_rounds_every_float_as_torch_does(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_a_fold_reads_every_value_of_16_bits_as_torch_does(dtype: torch.dtype) -> None:
+def test_fold_reads_every_16_bit_value_as_torch_does(dtype: torch.dtype) -> None:
     base = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[None]
     weight, every = torch.zeros_like(base), torch.arange(2**16)
     ops.column_fold_(weight, base, every, torch.zeros(1, 2**16), torch.ones(1, 1), 1.0)
@@ -222,7 +222,7 @@ def test_a_fold_reads_every_value_of_16_bits_as_torch_does(dtype: torch.dtype) -
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run_length", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_runs_give_the_bits_of_single_columns(name: str, dtype: torch.dtype, run_length: int) -> None:
+def test_runs_match_single_columns_bitwise(name: str, dtype: torch.dtype, run_length: int) -> None:
     d = make((65, 330, 77, 288, 3), dtype, run=run_length)
     singles = replace(d, run=1)
     assert_same(run(name, d), run(name, singles))
@@ -231,7 +231,7 @@ def test_runs_give_the_bits_of_single_columns(name: str, dtype: torch.dtype, run
 
 
 @pytest.mark.parametrize("name", IN_RUNS)
-def test_columns_that_come_in_no_such_runs_are_refused(name: str) -> None:
+def test_columns_that_do_not_form_the_given_runs_are_refused(name: str) -> None:
     d = make((5, 90, 77, 32, 2), torch.float32, run=16)
     shifted = replace(d, cols=d.cols + 1)
     with pytest.raises(RuntimeError, match=rf"^{name}: cols must come in aligned runs of 16, got \d+ at position 0$"):
@@ -250,7 +250,7 @@ def test_columns_that_come_in_no_such_runs_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(dtype: torch.dtype) -> None:
+def test_fold_of_rank_zero_copies_the_base_bitwise(dtype: torch.dtype) -> None:
     d = make((1, 90, 77, 32, 0), dtype, run=16)
     d.base[0, :3] = torch.tensor((-0.0, float("nan"), float("inf")), dtype=dtype)
     (weight,) = run("column_fold_", d)
@@ -275,7 +275,7 @@ def test_grad_is_the_gradient_of_linear() -> None:
     torch.testing.assert_close(reference.column_grad(d.dy, d.xs, A.detach(), B.detach(), d.scale), (A.grad, B.grad))
 
 
-def test_a_fold_does_what_the_side_path_does() -> None:
+def test_fold_and_side_path_agree() -> None:
     d = make((20, 30, 25, 12, 3), torch.float32)
     folded = run("column_fold_", d)[0].double()
     beside = replace(d, y=d.x @ d.weight.T)
@@ -285,7 +285,7 @@ def test_a_fold_does_what_the_side_path_does() -> None:
 
 
 @pytest.mark.parametrize("index", (-1, 90))
-def test_a_column_outside_the_matrix(index: int) -> None:
+def test_column_outside_the_matrix_is_refused(index: int) -> None:
     d = make((5, 90, 77, 33, 2), torch.float32)
     cols = d.cols.clone()
     cols[4] = index
@@ -316,7 +316,7 @@ def test_a_column_outside_the_matrix(index: int) -> None:
         ("column_fold_", lambda d: {"B": d.B.double()}, "column_fold_: B must be float32, got Double"),
     ),
 )
-def test_bad_arguments(name: str, change: Callable[[Delta], dict], message: str) -> None:
+def test_bad_arguments_are_refused(name: str, change: Callable[[Delta], dict], message: str) -> None:
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(RuntimeError, match=message):
         run(name, replace(d, **change(d)))
@@ -334,12 +334,12 @@ def test_an_expanded_target_is_refused(name: str, target: str, width: int) -> No
         getattr(ops, name)(*arguments(name, expanded))
 
 
-def test_a_matrix_of_too_many_columns_is_refused() -> None:
+def test_matrix_with_too_many_columns_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"column_gather: x must have fewer than 2\^31 columns, got 2147483648"):
         ops.column_gather(torch.zeros(1, 1).expand(1, 2**31), torch.zeros(1, dtype=torch.int64))
 
 
-def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     d = make((500, 90, 77, 33, 2), torch.float32)
     monkeypatch.setenv("RBFAST_CPU_ISA", "neon")
     for name in OPS:

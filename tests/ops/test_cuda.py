@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, torch.compile, the head's products, and the public API beside the CPU.
+"""What needs a GPU: streams, graphs, torch.compile, the head's products, and the public API against the CPU.
 
 The ops themselves are tested in test_cuda_columns.py and test_cuda_rows.py, with or without a GPU.
 """
@@ -31,18 +31,18 @@ def row_arguments(rows: Rows) -> tuple:
 
 
 def test_every_op_has_its_kernel() -> None:
-    found = ops.implementations("cuda")
-    assert {found[name] for name in (*OPS, "divergence_rows_")} == {"CUDA C++"}
+    implementations = ops.implementations("cuda")
+    assert {implementations[name] for name in (*OPS, "divergence_rows_")} == {"CUDA C++"}
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck_of_the_columns(name: str) -> None:
+def test_column_ops_pass_opcheck(name: str) -> None:
     given = on_gpu(arguments(name, make((65, 90, 77, 33, 2), torch.bfloat16)))
     torch.library.opcheck(getattr(torch.ops.rbfast, name).default, given)
 
 
 @pytest.mark.parametrize("kind", ["text", "dense", "top-k"])
-def test_opcheck_of_the_rows(kind: str) -> None:
+def test_row_op_passes_opcheck(kind: str) -> None:
     torch.library.opcheck(ops.divergence_rows_, row_arguments(make_rows(kind, head=True)))
 
 
@@ -52,19 +52,19 @@ def delta() -> Delta:
 
 
 def calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Every op with its inputs; a call returns what it computes and leaves its inputs as they were."""
+    """Every op with its inputs. A call returns the results and leaves its inputs unchanged."""
     d = delta()
 
     def rows_of(kind: str) -> Callable[[], tuple[Tensor, ...]]:
         logits, dz, *rest = row_arguments(make_rows(kind, 3001, 3001))
         return lambda: (*ops.divergence_rows_(logits.clone(), dz, *rest), dz.clone())
 
-    found: dict[str, Callable[[], tuple[Tensor, ...]]] = {name: lambda name=name: run(name, d) for name in OPS}
-    return found | {f"divergence_rows_ {kind}": rows_of(kind) for kind in ("text", "dense", "top-k")}
+    column_calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {name: lambda name=name: run(name, d) for name in OPS}
+    return column_calls | {f"divergence_rows_ {kind}": rows_of(kind) for kind in ("text", "dense", "top-k")}
 
 
 @pytest.mark.parametrize("name", (*OPS, *(f"divergence_rows_ {kind}" for kind in ("text", "dense", "top-k"))))
-def test_a_graph_replays_what_a_call_does(name: str) -> None:
+def test_graph_replay_matches_a_call(name: str) -> None:
     call = calls()[name]
     expected = call()
     graph = torch.cuda.CUDAGraph()
@@ -79,7 +79,7 @@ def test_a_graph_replays_what_a_call_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_work_is_put_on_the_current_stream_without_waiting(name: str) -> None:
-    """The input arrives late on that stream: a kernel on any other one would read the zeros that were there before."""
+    """The input arrives late on that stream, so a kernel on another stream would read the zeros from before."""
     d = delta()
     expected, late = run(name, d), d.map(torch.zeros_like)
     stream, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
@@ -140,7 +140,7 @@ def losses(device: str, dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_loss_is_as_right_as_on_the_cpu(dtype: torch.dtype) -> None:
+def test_loss_and_gradients_match_the_cpu(dtype: torch.dtype) -> None:
     ours, theirs = losses("cuda", dtype), losses("cpu", dtype)
     rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-3 if dtype == torch.float16 else 1e-5
     for name in ours:

@@ -1,4 +1,4 @@
-"""Building the CUDA ops without a GPU: every kernel for every architecture, and the library beside a CPU-only torch."""
+"""Building the CUDA ops without a GPU: every kernel for every architecture, and the library with a CPU-only torch."""
 
 import ctypes
 import json
@@ -22,9 +22,9 @@ KERNELS = {"sweep": 24, "project_tile": 12, "gather": 9}
 KERNELS |= {"update_columns": 12}
 KERNELS |= {"prepare_rows": 1, "sparse_rows": 19, "sparse_streamed": 2, "finish_rows": 1}
 KERNELS |= {"dense_rows": 15, "dense_streamed": 6, "finish_dense": 1}
-# The fewest blocks of a kernel that must fit an SM of 65536 registers, at the threads it is launched with.
+# kernel: (threads per block, blocks that must at least fit an SM of 65536 registers).
 RESIDENT = {"project_tile": (256, 1), "sparse_streamed": (512, 1), "dense_streamed": (256, 1)}
-# (architecture, kernel): bytes spilled, stores and loads; 0 is an empty stack frame. As in docs/kernels.md.
+# (architecture, kernel): bytes spilled, stores and loads; 0: a stack frame without spills. As in docs/kernels.md.
 SPILLED = {
     ("80", "sparse_rows<1, 256, 16, 2, true>"): 32,
     ("90a", "sparse_rows<1, 256, 16, 2, true>"): 52,
@@ -54,14 +54,14 @@ def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]
 
 @needs_nvcc
 @pytest.mark.long
-def test_no_kernel_spills_but_those_that_the_docs_list(resources: list[Resources]) -> None:
-    """A kernel that no longer does must leave the list, here and in docs/kernels.md."""
+def test_only_the_documented_kernels_spill(resources: list[Resources]) -> None:
+    """A kernel that stops spilling must leave the list, here and in docs/kernels.md."""
     assert {(r.architecture, r.kernel): r.spill_bytes for r in resources if r.spill_bytes or r.stack_bytes} == SPILLED
 
 
 @needs_nvcc
 @pytest.mark.long
-def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) -> None:
+def test_as_many_blocks_fit_an_sm_as_the_launch_expects(resources: list[Resources]) -> None:
     for r in resources:
         name, _, arguments = r.kernel.rstrip(">").partition("<")
         threads, blocks = RESIDENT.get(name, (256, 2))
@@ -76,24 +76,26 @@ def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) 
 
 @needs_nvcc
 @pytest.mark.long
-def test_a_wheel_with_cuda_works_on_a_torch_without(
+def test_wheel_with_cuda_works_with_a_cpu_only_torch(
     fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path
 ) -> None:
     if torch.version.cuda:
-        pytest.skip("this torch has CUDA; tests/ops/test_cuda.py tries the library itself")
+        pytest.skip("this torch has CUDA; tests/ops/test_cuda.py tests the library itself")
     for_speed = {"CXX": quick_compiler, "NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O0 -Xcompiler -O0"}  # of the build
     install(fresh, ".", cwd=checkout, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a", **for_speed)
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")
     (library,) = Path(found["file"]).parent.glob("_C_cuda.*so")
-    assert str(checkout).encode() not in library.read_bytes(), "errors would name folders of the build"
+    assert str(checkout).encode() not in library.read_bytes(), "error messages would contain paths of the build"
     assert_registers_every_op(library, tmp_path)
 
 
 def assert_registers_every_op(library: Path, tmp_path: Path) -> None:
-    """Loads the library into this torch with a libtorch.so in front that leads to CUDA streams, as a CUDA torch's does:
-    torch loads libraries for themselves alone, so the library must ask for libtorch.so by itself to find them."""
+    """Loads the library into this torch, behind a stub libtorch.so that provides CUDA streams, as a CUDA torch's does.
+
+    torch loads libraries with local symbols, so the library itself must depend on libtorch.so to find the streams.
+    """
     needed = run("readelf", "-d", str(library), cwd=ROOT)
     assert "[libtorch.so]" in needed and "cuda" not in needed, needed
     source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
@@ -111,7 +113,7 @@ torch.ops.load_library(sys.argv[1])
 print(json.dumps([n for n in registry._SCHEMAS if registry._has_kernel(n, "CUDA")]))
 """
     done = run(sys.executable, "-c", program, str(library), cwd=ROOT, LD_LIBRARY_PATH=f"{tmp_path}:{of_torch}")
-    without = {"row_thresholds", "scaled_"}  # on CPUs alone; in Triton, as those of stacked experts
+    without = {"row_thresholds", "scaled_"}  # on CPUs only; in Triton, as the ops of stacked experts
     without |= {name for name in registry._SCHEMAS if name.startswith("grouped_")}
     assert set(json.loads(done.splitlines()[-1])) == set(registry._SCHEMAS) - without
 
@@ -134,7 +136,7 @@ def test_a_library_that_needs_a_cuda_torch_is_not_loaded_without_one() -> None:
         ({"RBFAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "RBFAST_CUDA=1 needs nvcc"),
     ),
 )
-def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], message: str) -> None:
+def test_impossible_build_request_fails(env: dict[str, str], message: str) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"], cwd=ROOT, env={"PATH": _path()} | env, capture_output=True, text=True
     )
@@ -152,7 +154,7 @@ def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], me
         ("12.6", "13.0", "1", "RuntimeError: RBFAST_CUDA=1 needs nvcc of CUDA 13, to match torch, but "),
     ),
 )
-def test_the_build_suits_torch_and_nvcc(
+def test_build_targets_match_torch_and_nvcc(
     release: str, of_torch: str | None, asked: str, message: str, tmp_path: Path
 ) -> None:
     nvcc = tmp_path / "bin/nvcc"

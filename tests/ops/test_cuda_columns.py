@@ -1,4 +1,4 @@
-"""The adapter's CUDA ops against the plain-torch reference in fp64: on the GPU, or on the host where there is none."""
+"""The adapter's CUDA ops against the plain-torch reference in fp64: on the GPU, or on the host if there is none."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ from rbfast.ops import reference
 pytestmark = pytest.mark.slow
 
 # T, in, out, s, k: odd sizes; several tiles of tokens and strips of features, which blocks share unevenly; every number
-# of ranks that a sweep is compiled for, and more than the largest.
+# of ranks that a sweep is compiled for, and one above the largest.
 SHAPES = (
     (1, 1, 1, 1, 1),
     (3, 9, 5, 7, 2),
@@ -45,12 +45,12 @@ SHAPES = (
     (37, 80, 50, 80, 23),
     (40, 80, 70, 33, 31),
     (20, 40, 4400, 17, 31),  # more strips than one warp adds up
-    (700, 20, 30, 17, 2),  # more blocks of a strip than that
+    (700, 20, 30, 17, 2),  # more blocks of a strip than one warp adds up
     (20, 80, 70, 33, 40),
 )
-# What cutting an fp32 factor into two pieces of bf16 takes from a product with 16 bits, in shares of it. Of a value in
+# The relative error of a product with a 16-bit value if the fp32 factor is cut into two pieces of bf16. Of a value in
 # [2^e, 2^(e+1)) the first piece leaves at most 2^(e-8), and so the second, in steps half as wide, at most 2^(e-17). In
-# fp16 the product of the two second pieces is left out too, each at most 2^-8 of its factor.
+# fp16 the product of the two second pieces, each at most 2^-8 of its factor, is left out too.
 CUT = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-17 + 2.0**-16}
 
 
@@ -69,7 +69,7 @@ def assert_same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def lost_below_bf16(name: str, d: Delta) -> tuple[Tensor | float, ...]:
-    """What column_grad may be off by because a piece is a multiple of 2^-133, bf16's smallest number."""
+    """The error of column_grad from pieces being multiples of 2^-133, the smallest number in bf16."""
     if name != "column_grad" or d.dy.dtype == torch.float32:
         return (0.0, 0.0)
     return tuple(2.0**-134 * d.scale * x.double().abs().sum(0) for x in (d.xs, d.dy[:, :, None]))
@@ -77,8 +77,8 @@ def lost_below_bf16(name: str, d: Delta) -> tuple[Tensor | float, ...]:
 
 def assert_within_budget(gpu: Gpu, name: str, d: Delta, results: tuple[Tensor, ...] | None = None) -> None:
     """At each element: at most the error of plain torch, half a step of the result's dtype, and one step of fp32
-    of the sum of the terms' sizes; for column_grad of 16 bits two, as it sums twice, and what its cuts take: two in
-    dA = (dy B)^T xs, one in dB = dy^T H. results: what the op returned, if it ran already."""
+    of the sum of the terms' sizes. For column_grad of 16 bits two steps, as it sums twice, and the errors of its cuts:
+    two in dA = (dy B)^T xs, one in dB = dy^T H. results: those of the op, if it has run already."""
     steps = [EPS32] * 2
     if name == "column_grad" and (cut := (CUT.get(d.dy.dtype, 0.0), CUT.get(d.xs.dtype, 0.0))) != (0, 0):
         steps = [sum(cut) + 2 * EPS32, cut[0] + 2 * EPS32]
@@ -104,7 +104,7 @@ def test_error_is_within_budget(gpu: Gpu, name: str, dtype: torch.dtype, shape: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_of_single_terms_is_within_budget(gpu: Gpu, dtype: torch.dtype) -> None:
-    """Nothing averages out what the cuts take."""
+    """With single terms the errors of the cuts do not average out."""
     for seed in range(8):
         assert_within_budget(gpu, "column_grad", make((1, 1, 2000, 1, 1), dtype, seed=seed))
         assert_within_budget(gpu, "column_grad", make((1, 2000, 1, 2000, 1), dtype, seed=seed))
@@ -130,7 +130,7 @@ def test_empty(gpu: Gpu, name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("name", OPS)
-def test_what_is_not_finite_goes_where_it_does_in_torch(gpu: Gpu, name: str, bad: float) -> None:
+def test_non_finite_values_spread_as_in_torch(gpu: Gpu, name: str, bad: float) -> None:
     d = make((65, 90, 77, 33, 2), torch.bfloat16)
     for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
         tensor[-1, -1] = bad
@@ -156,12 +156,12 @@ def test_any_strides_give_the_same_bits(gpu: Gpu, name: str, layout: Callable[[T
 
 
 @covering(3, name=OPS, dtype=DTYPES, shape=[*SHAPES, (40, 160, 128, 48, 2)], fenced=[fenced_at_end, fenced_at_start])
-def test_only_what_is_given_is_touched(
+def test_no_memory_outside_the_tensors_is_touched(
     gpu: Gpu, name: str, dtype: torch.dtype, shape: tuple[int, ...], fenced: Callable[[Tensor], Tensor]
 ) -> None:
-    """On the host; on a GPU compute-sanitizer looks for that."""
+    """On the host only. On a GPU compute-sanitizer checks this."""
     if gpu.is_real:
-        pytest.skip("pages of the host")
+        pytest.skip("needs inaccessible pages of the host")
     for length in (1, 16) if shape[1] % 16 == shape[3] % 16 == 0 else (1,):
         d = make(shape, dtype, run=length)
         inside = replace(d.map(fenced), cols=fenced(d.cols))
@@ -170,8 +170,8 @@ def test_only_what_is_given_is_touched(
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, name: str, dtype: torch.dtype) -> None:
-    """Of matrices that start one value after an aligned address."""
+def test_alignment_does_not_change_the_bits(gpu: Gpu, name: str, dtype: torch.dtype) -> None:
+    """With matrices that start one value after an aligned address."""
 
     def shifted(t: Tensor) -> Tensor:
         return torch.zeros(t.numel() + 1, dtype=t.dtype, device=gpu.device)[1:].view(t.shape).copy_(t)
@@ -207,8 +207,8 @@ def test_gradients_of_matrices_that_share_xs_are_within_budget(
         assert_same(before, again)
 
 
-def test_matrices_that_share_xs_may_differ_in_all_else(gpu: Gpu) -> None:
-    """In ranks and dtypes, which do not share launches, and in layout."""
+def test_matrices_that_share_xs_may_differ_in_everything_else(gpu: Gpu) -> None:
+    """In ranks and dtypes, which need separate launches, and in layout."""
     deltas = [
         *sharing_xs((40, 30), 35, 17, 2, torch.bfloat16),
         *sharing_xs((50,), 35, 17, 9, torch.bfloat16),
@@ -224,10 +224,10 @@ def test_matrices_that_share_xs_may_differ_in_all_else(gpu: Gpu) -> None:
         gpu.ops.column_grad_all([deltas[0].dy.to(gpu.device)], deltas[0].xs.to(gpu.device), [], [], 1.0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of a machine with a GPU follows no imitation")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the profiler does not follow the ops on the host")
 @pytest.mark.parametrize("name, outs", (("column_grad", (300,)), ("column_grad_all", (300, 40, 40))))
-def test_gradients_take_three_launches_and_one_allocation_beside_the_results(name: str, outs: tuple[int, ...]) -> None:
-    """The host takes longer over a small layer than the GPU does, so each counts."""
+def test_gradients_take_three_launches_and_one_extra_allocation(name: str, outs: tuple[int, ...]) -> None:
+    """For a small layer the host takes longer than the GPU, so each launch counts."""
     on_host, deltas = host("hopper"), sharing_xs(outs, 70, 17, 8, torch.bfloat16)
     before = launches_on_host()
     with profile(profile_memory=True) as calls:
@@ -240,7 +240,7 @@ def test_gradients_take_three_launches_and_one_allocation_beside_the_results(nam
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_gpu_that_no_kernel_is_built_for_is_told_what_to_do(name: str) -> None:
+def test_error_on_an_unsupported_gpu_says_what_to_do(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"no kernel image is available .* sm_80 and later.* with RBFAST_CUDA=0"):
         run_on(host("volta"), name, make((5, 90, 77, 33, 2), torch.bfloat16))
 
@@ -273,7 +273,7 @@ def test_activations_of_two_dtypes(gpu: Gpu, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (1, 2, 5))
-def test_fold_writes_the_bits_of_the_reference(gpu: Gpu, dtype: torch.dtype, k: int) -> None:
+def test_fold_matches_the_reference_bitwise(gpu: Gpu, dtype: torch.dtype, k: int) -> None:
     d = make((1, 100, 70, 66, k), dtype)
     expected = run("column_fold_", d, reference)
     assert_same(run_on(gpu, "column_fold_", d), expected)
@@ -283,10 +283,10 @@ def test_fold_writes_the_bits_of_the_reference(gpu: Gpu, dtype: torch.dtype, k: 
 
 @pytest.mark.parametrize("k", (2, 40))
 @pytest.mark.parametrize("rows, run_length, is_transposed", ((5200, 1, False), (20600, 1, True), (41100, 8, False)))
-def test_a_fold_whose_blocks_have_several_tiles_of_rows(
+def test_fold_with_several_tiles_of_rows_per_block(
     gpu: Gpu, rows: int, run_length: int, is_transposed: bool, k: int
 ) -> None:
-    """As they do if a matrix has many more tiles than a device has multiprocessors."""
+    """As happens if a matrix has many more tiles than a device has multiprocessors."""
     d = make((1, 16, rows, 8, k), torch.bfloat16, run=run_length)
     expected = run("column_fold_", d, reference)
     assert_same(
@@ -294,13 +294,13 @@ def test_a_fold_whose_blocks_have_several_tiles_of_rows(
     )
 
 
-def test_many_folds_in_one_call_are_those_of_single_calls(gpu: Gpu) -> None:
+def test_batched_fold_matches_single_folds(gpu: Gpu) -> None:
     shapes = ((1, 96, 70, 64, 3), (1, 40, 130, 17, 1), (1, 9, 0, 7, 2), (1, 96, 1, 32, 0))
     deltas = [make(shape, dtype, seed=i) for i, (shape, dtype) in enumerate(product(shapes, DTYPES))]
     there = [replace(d.map(lambda t: t.to(gpu.device)), cols=d.cols.to(gpu.device)) for d in deltas]
-    found = fold_all([*there, replace(there[0], weight=there[0].weight.T.contiguous().T)], gpu.ops)
+    folded = fold_all([*there, replace(there[0], weight=there[0].weight.T.contiguous().T)], gpu.ops)
     expected = [run("column_fold_", d, reference)[0] for d in (*deltas, deltas[0])]
-    assert_same(tuple(weight.cpu() for weight in found), tuple(expected))
+    assert_same(tuple(weight.cpu() for weight in folded), tuple(expected))
     with pytest.raises(RuntimeError, match="column_fold_all_: all lists must be of one length, got 1 and 0"):
         gpu.ops.column_fold_all_([there[0].weight], [], [there[0].cols], [there[0].A], [there[0].B], 1.0, [1])
 
@@ -308,9 +308,9 @@ def test_many_folds_in_one_call_are_those_of_single_calls(gpu: Gpu) -> None:
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run_length", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_runs_give_the_bits_of_single_columns(gpu: Gpu, name: str, dtype: torch.dtype, run_length: int) -> None:
+def test_runs_match_single_columns_bitwise(gpu: Gpu, name: str, dtype: torch.dtype, run_length: int) -> None:
     d = make((35, 90, 37, 80, 3), dtype, run=run_length)
-    wide = make((35, 96, 37, 80, 3), dtype, run=run_length)  # whose rows are aligned to a run
+    wide = make((35, 96, 37, 80, 3), dtype, run=run_length)  # rows are aligned to a run
     for delta in (d, wide):
         expected = run_on(gpu, name, replace(delta, run=1))
         assert_same(run_on(gpu, name, delta), expected)
@@ -319,7 +319,7 @@ def test_runs_give_the_bits_of_single_columns(gpu: Gpu, name: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(gpu: Gpu, dtype: torch.dtype) -> None:
+def test_fold_of_rank_zero_copies_the_base_bitwise(gpu: Gpu, dtype: torch.dtype) -> None:
     d = make((1, 96, 77, 32, 0), dtype, run=16)
     d.base[0, :3] = torch.tensor((-0.0, float("nan"), float("inf")), dtype=dtype)
     (weight,) = run_on(gpu, "column_fold_", d)
@@ -339,7 +339,7 @@ def test_fold_rounds_every_float_as_torch_does(gpu: Gpu, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_the_same_bits_every_time(gpu: Gpu, name: str) -> None:
+def test_results_are_bitwise_reproducible(gpu: Gpu, name: str) -> None:
     d = make((150, 60, 300, 48, 2), torch.bfloat16)
     first = run_on(gpu, name, d)
     for _ in range(2):
@@ -360,8 +360,8 @@ def test_a_column_outside_the_matrix_is_nan_and_never_written(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_run_that_leaves_the_matrix_or_is_not_aligned_is_nan_and_never_written(gpu: Gpu, dtype: torch.dtype) -> None:
-    """The rows are aligned to a run of 8. Of these columns the last run is cut off; one further on none is aligned."""
+def test_run_outside_the_matrix_or_unaligned_is_nan_and_never_written(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Rows are aligned to runs of 8. From column 64 on the last run leaves the matrix; from 49 on no run is aligned."""
     d = make((7, 96, 7, 32, 2), dtype, run=8).map(lambda t: t.to(gpu.device))
     narrow = replace(d, x=d.x[:, :90], dx=d.dx[:, :90], weight=d.weight[:, :90])
     whole = (("column_scatter_", d.dx), ("column_fold_", d.weight))
@@ -390,13 +390,13 @@ def test_a_run_that_leaves_the_matrix_or_is_not_aligned_is_nan_and_never_written
         ("column_fold_", lambda d: {"base": d.base.half()}, "base_columns must have the dtype of weight, Float"),
     ),
 )
-def test_bad_arguments(gpu: Gpu, name: str, change: Callable[[Delta], dict], message: str) -> None:
+def test_bad_arguments_are_refused(gpu: Gpu, name: str, change: Callable[[Delta], dict], message: str) -> None:
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(RuntimeError, match=message):
         run_on(gpu, name, replace(d, **change(d)))
 
 
-def test_what_is_too_large_for_one_call_is_named(gpu: Gpu) -> None:
+def test_too_large_call_is_refused(gpu: Gpu) -> None:
     x, one = torch.zeros(1, 1, device=gpu.device), torch.ones(1, 1, device=gpu.device)
     tokens = x.expand(2**36, 1)
     with pytest.raises(RuntimeError, match="column_grad: too large for one call: 68719476736 tokens of 1 strips"):
@@ -419,7 +419,7 @@ def test_an_expanded_target_is_refused(gpu: Gpu, name: str, target: str, width: 
 @pytest.mark.parametrize(
     "name, left", (("column_gather", "cols"), *((name, "A") for name in OPS[1:]), *((name, "B") for name in OPS[1:]))
 )
-def test_a_tensor_left_on_another_device_is_named(gpu: Gpu, name: str, left: str) -> None:
+def test_tensor_on_another_device_is_refused_by_name(gpu: Gpu, name: str, left: str) -> None:
     d = make((5, 90, 77, 33, 2), torch.float32).map(lambda t: t.to(gpu.device))
     d = replace(d, cols=d.cols.to(gpu.device))
     stray = replace(d, **{left: getattr(d, left).to("cpu" if gpu.is_real else "meta")})

@@ -1,4 +1,4 @@
-"""The CUDA divergence_rows_ against the reference in fp64: on the GPU, or on the host where there is none."""
+"""The CUDA divergence_rows_ against the reference in fp64: on the GPU, or on the host if there is none."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ from rbfast.ops import reference
 
 pytestmark = pytest.mark.slow
 
-# Of a divergence's term: two exp2 and a log2 of the special function unit, each within 2^-22, and what they go through.
+# Roundings of a divergence's term: two exp2 and a log2 of the special function unit, each within 2^-22, and the rest.
 APPROXIMATIONS = 16
 # JS takes a log2 of m over the heavier of p and q, within 2^-22 of itself or of 1: the sum over a row of that times m
 # is off by as much, however small beta makes the divergence.
@@ -57,7 +57,7 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
 
 
 @dataclass(frozen=True)
-class There:
+class OnGpu:
     """A stand-in for the module `ops` whose divergence_rows_ runs on a GPU; takes and gives CPU tensors."""
 
     gpu: Gpu
@@ -71,13 +71,13 @@ class There:
 
 
 def run(gpu: Gpu, rows: Rows, dz: Tensor | None = None) -> tuple[Tensor, ...]:
-    return rows.run(There(gpu), dz)
+    return rows.run(OnGpu(gpu), dz)
 
 
 def assert_close_to_fp64(gpu: Gpu, rows: Rows) -> None:
-    """No further from the truth than the roundings of a logit and of a result take it.
+    """Checks that the error is at most that of rounding the logits and the results.
 
-    Of a single id p = q = 1, each within a rounding, and so is their difference; the divergence is of second order.
+    With a single id p = q = 1, each within a rounding, and so is their difference; the divergence is of second order.
     """
     has_teacher, is_single = rows.ids is not None or rows.teacher is not None, rows.logits.shape[1] == 1
     relative = (APPROXIMATIONS if has_teacher else ROUNDINGS) * EPS32
@@ -112,7 +112,7 @@ def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0, behind: i
 
 @pytest.mark.parametrize("pair", [with_factors, without_values])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_counts_as_its_product_with_every_value(gpu: Gpu, kind: str, pair: Callable) -> None:
+def test_factors_match_values_multiplied_by_them_bitwise(gpu: Gpu, kind: str, pair: Callable) -> None:
     ours, spelt = pair(kind)
     assert all(map(torch.equal, run(gpu, ours), run(gpu, spelt)))
 
@@ -140,13 +140,13 @@ def test_text_rows_match_fp64(gpu: Gpu, V: int, head: bool) -> None:
 
 @pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_of_one_part_matches_fp64(gpu: Gpu, kind: str, part: str) -> None:
+def test_head_with_a_single_option_matches_fp64(gpu: Gpu, kind: str, part: str) -> None:
     assert_close_to_fp64(gpu, make_with_part_of_a_head(kind, part))
 
 
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.0), *(("dense", beta) for beta in (0.0, 0.3, 1.0))])
-def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
-    """More than a team keeps on the small devices, and a dense teacher on all."""
+def test_large_vocabulary_matches_fp64(gpu: Gpu, kind: str, beta: float) -> None:
+    """More than a team can hold: on the small devices, and with a dense teacher on all."""
     rows = make(kind, 152_064, 152_064, gap=0.1, k=20, beta=beta)
     rows = rows.at(slice(2, 4))
     assert_close_to_fp64(gpu, rows)
@@ -189,15 +189,15 @@ def test_gradient_in_place_of_the_logits(
     dz=["none", "apart", "float32", "bfloat16"],
     more=[3, -3],
 )
-def test_only_what_is_given_is_touched(
+def test_no_memory_outside_the_tensors_is_touched(
     gpu: Gpu, fenced: Callable[[Tensor], Tensor], teacher: tuple[str, float], V: int, head: bool, dz: str, more: int
 ) -> None:
-    """On the host; on a GPU compute-sanitizer looks for that.
+    """On the host only. On a GPU compute-sanitizer checks this.
 
     more: how many ids a dense teacher has that the student lacks, or, if below 0, the reverse.
     """
     if gpu.is_real:
-        pytest.skip("pages of the host")
+        pytest.skip("needs inaccessible pages of the host")
     rows = make(teacher[0], V, max(1, V + more), head=head, beta=teacher[1])
     rows.labels[-1] = V - 1
     logits, *signals = [fenced(x) if isinstance(x, Tensor) else x for x in (rows.logits, *rows.signals())]
@@ -213,9 +213,9 @@ def test_only_what_is_given_is_touched(
 
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.3), ("dense", 0.0), ("dense", 0.3), ("dense", 1.0)])
 @pytest.mark.parametrize("V, head", [(3001, True), (3001, False), (3000, False)])
-def test_without_a_gradient(gpu: Gpu, kind: str, beta: float, V: int, head: bool) -> None:
+def test_losses_match_without_a_gradient(gpu: Gpu, kind: str, beta: float, V: int, head: bool) -> None:
     rows = make(kind, V, V, head=head, beta=beta)
-    divergence, ce, loss = There(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
+    divergence, ce, loss = OnGpu(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
     with_gradient = run(gpu, rows)
     assert torch.equal(ce, with_gradient[1])
     for ours, other in ((divergence, with_gradient[0]), (loss, with_gradient[2])):
@@ -223,7 +223,7 @@ def test_without_a_gradient(gpu: Gpu, kind: str, beta: float, V: int, head: bool
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_wherever_it_is(gpu: Gpu, kind: str) -> None:
+def test_bits_of_a_row_do_not_depend_on_its_position(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 5003, 5003)
     truth = run(gpu, rows)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
@@ -244,8 +244,8 @@ def test_extreme_logits(gpu: Gpu, kind: str, beta: float) -> None:
     [(kind, below) for kind in KINDS for below in (200.0, 50.0)] + [("top-k", -50.0), ("top-k", -200.0)],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_sums_about_a_pivot_that_says_nothing_of_the_row(gpu: Gpu, kind: str, below: float, beta: float) -> None:
-    """The label's logit, or those of the support, far from the others: the sums about them leave the range of fp32."""
+def test_pivot_far_from_the_other_logits_matches_fp64(gpu: Gpu, kind: str, below: float, beta: float) -> None:
+    """The label's logit, or those of the support, are far from the others: sums about them leave the range of fp32."""
     rows = make(kind, 3000, 3000, beta=beta, k=20)
     of_label, moved = rows.labels.unsqueeze(1), torch.full((9, 1), -below)
     logits = rows.logits.scatter_add(1, of_label, moved)
@@ -261,8 +261,8 @@ def test_sums_about_a_pivot_that_says_nothing_of_the_row(gpu: Gpu, kind: str, be
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sums_about_a_pivot_far_below_the_row(gpu: Gpu, kind: str) -> None:
-    """All logits that a pivot is picked from lie far below the others, of which any thread may have the largest."""
+def test_pivot_far_below_the_row_matches_fp64(gpu: Gpu, kind: str) -> None:
+    """All logits that a pivot is picked from are far below the others, and any thread may hold the largest."""
     rows = make(kind, 3000, 3000)
     picked = torch.zeros(9, 3000).scatter(1, rows.labels.unsqueeze(1), -300.0)
     picked[:, torch.arange(32) * 3000 // 32] = -300.0
@@ -271,7 +271,7 @@ def test_sums_about_a_pivot_far_below_the_row(gpu: Gpu, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_label_that_is_masked_leaves_the_other_gradients_right(gpu: Gpu, kind: str) -> None:
+def test_masked_label_leaves_the_other_gradients_correct(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 3000, 3000)
     labels = torch.zeros(9, dtype=torch.int64)
     logits = rows.logits.clone()
@@ -282,7 +282,7 @@ def test_a_label_that_is_masked_leaves_the_other_gradients_right(gpu: Gpu, kind:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_low_temperature(gpu: Gpu, beta: float) -> None:
+def test_low_temperature_matches_fp64(gpu: Gpu, beta: float) -> None:
     assert_close_to_fp64(gpu, cold(beta))
 
 
@@ -300,7 +300,7 @@ def test_probabilities_that_do_not_add_up_to_1_are_scaled(gpu: Gpu, beta: float)
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_no_divergence_from_oneself_is_negative(gpu: Gpu, beta: float) -> None:
+def test_divergence_of_equal_distributions_is_not_negative(gpu: Gpu, beta: float) -> None:
     for V in (2, 3, 5, 8, 50):
         assert bool((run(gpu, make("top-k", V, gap=0.0, k=2, beta=beta))[0] >= 0).all())
 
@@ -312,7 +312,7 @@ def test_a_masked_label_without_a_weight_leaves_the_loss_finite(gpu: Gpu) -> Non
 
 
 def test_reverse_kl_floors_a_teacher_of_zero(gpu: Gpu) -> None:
-    assert_reverse_kl_floors_a_teacher_of_zero(There(gpu))
+    assert_reverse_kl_floors_a_teacher_of_zero(OnGpu(gpu))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -336,8 +336,8 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(gpu: Gpu, student_tail: f
 @pytest.mark.parametrize("label", [0.0, -20.0, -30.0])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("kind", TAUGHT)
-def test_the_gradient_near_the_teacher(gpu: Gpu, kind: str, beta: float, label: float) -> None:
-    """The bar: within 0.3% of fp64 where rounding logits to bf16 costs 10-45%. label: how far its logits are moved."""
+def test_gradient_error_near_the_teacher(gpu: Gpu, kind: str, beta: float, label: float) -> None:
+    """Required: within 0.3% of fp64, where bf16 logits are 10-45% off. label: the shift of the label's logits."""
     rows = replace(make(kind, 3001, 3001, gap=0.02, k=20, beta=beta), ce_weight=torch.zeros(9))
     at, moved = rows.labels.unsqueeze(1), torch.full((9, 1), label)
     teacher = None if rows.teacher is None else rows.teacher.scatter_add(1, at, moved)
@@ -350,7 +350,7 @@ def test_the_gradient_near_the_teacher(gpu: Gpu, kind: str, beta: float, label: 
 @pytest.mark.parametrize("mask", [-1e8, -1e10])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_a_tail_of_masks_stays_finite(gpu: Gpu, beta: float, mask: float) -> None:
-    """A pivot so large that its product with the scale is off by more than fp32's powers reach."""
+    """The pivot is so large that its product with the scale is off by more than the range of exponents in fp32."""
     rows = make("top-k", 3000, k=5, beta=beta)
     logits = torch.full_like(rows.logits, mask).scatter(1, rows.ids.clamp_min(0), rows.logits[:, :5])
     rows = replace(rows, logits=logits, labels=rows.ids[:, 0], temperature=torch.ones(9))
@@ -381,10 +381,10 @@ def test_a_teacher_row_of_only_minus_inf_is_nan(gpu: Gpu, beta: float, V_teacher
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_tail_of_only_minus_inf_has_no_gradient(gpu: Gpu, beta: float) -> None:
-    assert_no_tail(There(gpu), beta)
+    assert_no_tail(OnGpu(gpu), beta)
 
 
-def test_what_is_not_a_number_stays_in_its_row(gpu: Gpu) -> None:
+def test_nan_stays_in_its_row(gpu: Gpu) -> None:
     for kind in KINDS:
         rows = make(kind, 50, 50)
         rows.logits[0, 20] = torch.nan
@@ -410,7 +410,7 @@ def test_no_rows(gpu: Gpu) -> None:
     assert_no_rows(run(gpu, no_rows()))
 
 
-def test_wrong_arguments_are_named(gpu: Gpu) -> None:
+def test_bad_arguments_are_refused_by_name(gpu: Gpu) -> None:
     rows = make("top-k")
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be Long"),
@@ -428,12 +428,12 @@ def test_wrong_arguments_are_named(gpu: Gpu) -> None:
         run(gpu, rows, dz=torch.zeros(9, 36))
 
 
-def test_a_gpu_that_no_kernel_is_built_for_is_told_what_to_do() -> None:
+def test_error_on_an_unsupported_gpu_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"invalid device function; .* sm_80 and later.* with RBFAST_CUDA=0"):
         run(host("volta"), make("text"))
 
 
-def test_a_gradient_that_lies_across_rows_is_refused(gpu: Gpu) -> None:
+def test_gradient_that_overlaps_other_rows_is_refused(gpu: Gpu) -> None:
     rows = make("text", 40)
     moved = rows.signals(gpu.device)
     room = torch.zeros(10, 40, device=gpu.device)
@@ -443,7 +443,7 @@ def test_a_gradient_that_lies_across_rows_is_refused(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("left", ["labels", "temperature", "ids", "logprobs", "teacher", "bias"])
-def test_a_tensor_left_on_another_device_is_named(gpu: Gpu, left: str) -> None:
+def test_tensor_on_another_device_is_refused_by_name(gpu: Gpu, left: str) -> None:
     rows = make("dense" if left == "teacher" else "top-k", head=True)
     values = {field.name: getattr(rows, field.name) for field in fields(rows)}
     moved = {name: x.to(gpu.device) if isinstance(x, Tensor) else x for name, x in values.items()}

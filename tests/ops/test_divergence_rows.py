@@ -55,7 +55,7 @@ def test_text_rows_match_fp64(size, head):
 
 @pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_of_one_part_matches_fp64(kind, part):
+def test_head_with_a_single_option_matches_fp64(kind, part):
     assert_close_to_fp64(make_with_part_of_a_head(kind, part))
 
 
@@ -75,15 +75,15 @@ def test_gradient_in_place_of_the_logits(kind):
 
 @pytest.mark.parametrize("pair", [with_factors, without_values])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_counts_as_its_product_with_every_value(kind, pair):
+def test_factors_match_values_multiplied_by_them_bitwise(kind, pair):
     ours, spelt = pair(kind)
     assert all(map(torch.equal, ours.run(), spelt.run()))
-    for found, expected in zip(ours.double().run(reference), spelt.double().run(reference), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(ours.double().run(reference), spelt.double().run(reference), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_wherever_it_is(kind, threads):
+def test_bits_of_a_row_do_not_depend_on_its_position(kind, threads):
     rows = make(kind, 1000, 1000)
     truth = rows.run()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
@@ -101,7 +101,7 @@ def test_extreme_logits(kind, beta):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_low_temperature(beta):
+def test_low_temperature_matches_fp64(beta):
     assert_close_to_fp64(cold(beta))
 
 
@@ -119,7 +119,7 @@ def test_probabilities_that_do_not_add_up_to_1_are_scaled(beta):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_no_divergence_from_oneself_is_negative(beta):
+def test_divergence_of_equal_distributions_is_not_negative(beta):
     for V in (2, 3, 5, 8, 50):
         assert bool((make("top-k", V, gap=0.0, k=2, beta=beta).run()[0] >= 0).all())
 
@@ -159,7 +159,7 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_is_not_hidden(kind, beta):
+def test_nan_is_not_hidden(kind, beta):
     rows = replace(make(kind, 50, 50), beta=beta)
     rows.logits[0, 20] = torch.nan
     divergence, ce, loss, dz = rows.run()
@@ -178,7 +178,7 @@ def test_a_teacher_row_of_only_minus_inf_is_nan(beta):
     assert bool(dz[4].isnan().all()) and bool(dz[:4].isfinite().all()) and bool(dz[5:].isfinite().all())
 
 
-def test_wrong_arguments_are_named():
+def test_bad_arguments_are_refused_by_name():
     rows = make("top-k")
     for change, message in (
         ({"labels": rows.labels + 37}, r"labels must be in \[0, 37\)"),
@@ -211,7 +211,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_may_lie_right_beside_the_logits(kind):
+def test_gradient_may_directly_adjoin_the_logits_in_memory(kind):
     rows = make(kind)
     *_, expected = rows.run()
     for logits, dz in (torch.zeros(18, 37).split(9), torch.zeros(18, 37).split(9)[::-1]):

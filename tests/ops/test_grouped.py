@@ -1,4 +1,4 @@
-"""The ops of stacked experts: what the op of one matrix makes of the rows of each expert."""
+"""The ops of stacked experts against the op of one matrix on the rows of each expert."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def arguments(ends):
 
 
 @pytest.mark.parametrize("ends", ENDS)
-def test_it_is_the_op_of_one_matrix_for_each_expert(ends):
+def test_grouped_ops_match_one_op_per_expert(ends):
     x, dy, at, cols, A, B = arguments(ends)
     weight, xs = draw(EXPERTS, OUT, IN, seed=1), x[:, cols]
     y, dx = dy.clone(), x.clone()
@@ -43,7 +43,7 @@ def test_it_is_the_op_of_one_matrix_for_each_expert(ends):
 
 
 @pytest.mark.parametrize("k", [RANK, 0])
-def test_a_fold_of_a_stack_has_the_bits_of_each_expert_s(k):
+def test_grouped_fold_matches_one_fold_per_expert_bitwise(k):
     weight = draw(EXPERTS, IN, OUT).bfloat16().mT  # as gpt-oss keeps it
     A, B, cols = draw(EXPERTS, k, COLUMNS), draw(EXPERTS, OUT, k), torch.arange(0, 2 * COLUMNS, 2)
     base = draw(EXPERTS, OUT, COLUMNS, seed=1).bfloat16()
@@ -54,7 +54,7 @@ def test_a_fold_of_a_stack_has_the_bits_of_each_expert_s(k):
     assert torch.equal(weight, expected)
 
 
-def test_torch_takes_them_for_ops():
+def test_grouped_ops_pass_opcheck():
     x, dy, at, cols, A, B = arguments(ENDS[0])
     weight = draw(EXPERTS, OUT, IN)
     for name, given in (
@@ -68,15 +68,15 @@ def test_torch_takes_them_for_ops():
         torch.library.opcheck(getattr(torch.ops.rbfast, name).default, given)
 
 
-def test_the_gradient_of_the_product():
+def test_gradcheck_of_grouped_linear():
     x, _, at, *_ = arguments(ENDS[0])
     weight = draw(EXPERTS, IN, OUT, seed=1).mT.double()  # as gpt-oss keeps it
     assert torch.autograd.gradcheck(lambda x: ops.grouped_linear(x, weight, at), x.double().requires_grad_())
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_its_delta_has_the_gradients_of_its_formula(fold):
-    """Folded, y has the delta in it already; beside the weight it is added, and x has a gradient by it."""
+def test_delta_and_gradients_match_the_plain_formula(fold):
+    """In fold mode y contains the delta already. In side mode the delta is added, and x gets a gradient through it."""
     x, dy, at, cols, A, B = arguments(ENDS[0])
     x, A, B = (tensor.requires_grad_() for tensor in (x, A, B))
     expert = torch.searchsorted(at, torch.arange(at[-1]), right=True)
@@ -94,7 +94,7 @@ def test_its_delta_has_the_gradients_of_its_formula(fold):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_product_on_a_gpu(dtype, is_transposed):
+def test_grouped_linear_on_a_gpu_matches_fp64(dtype, is_transposed):
     ends = torch.tensor([40, 40, 77, 80, 203], device="cuda")
     x = draw(203, 64).to("cuda", dtype).requires_grad_()
     weight = draw(5, *((64, 96) if is_transposed else (96, 64)), seed=1).to("cuda", dtype)
@@ -103,5 +103,5 @@ def test_the_product_on_a_gpu(dtype, is_transposed):
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     expert = torch.searchsorted(ends, torch.arange(203, device="cuda"), right=True)
     whole = weight.double()[expert]
-    for found, expected in ((y, torch.einsum("ri,roi->ro", x.double(), whole)), (dx, whole.sum(1))):
-        assert (found - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+    for actual, expected in ((y, torch.einsum("ri,roi->ro", x.double(), whole)), (dx, whole.sum(1))):
+        assert (actual - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()

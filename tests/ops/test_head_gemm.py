@@ -55,7 +55,7 @@ def test_strided_operands(isa):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_may_lie_apart(shape):
+def test_logits_may_have_gaps_between_rows(shape):
     """The same bits, and nothing between the rows is touched."""
     T, H, V = shape
     hidden, weight = draw(T, H, dtype=torch.bfloat16), draw(V, H, dtype=torch.bfloat16, seed=1)
@@ -85,11 +85,11 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(dtype, threads):
     ops.head_grad_(dW, dz, hidden)
     for count, chunk in ((1, 1), (2, 7), (3, 64), (5, 100)):
         threads(count)
-        step = 3 if chunk == 1 else chunk  # of single rows one for every place in a block of 32
+        step = 3 if chunk == 1 else chunk  # single rows: one for every position in a block of 32
         for part in (slice(i, i + chunk) for i in range(0, 100, step)):
             assert torch.equal(head_forward(hidden[part], weight), logits[part])
             assert torch.equal(head_backward(dz[part], weight), gradient[part])
-    for chunk in (32, 64, 96):  # what is summed at once is never split
+    for chunk in (32, 64, 96):  # multiples of the rows that are summed at once
         again = torch.zeros(1001, 577)
         for i in range(0, 100, chunk):
             ops.head_grad_(again, dz[i : i + chunk], hidden[i : i + chunk])
@@ -135,13 +135,13 @@ def test_bits_of_filtered_rows_do_not_depend_on_others(dtype, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 0.004, 0.02, 0.3])
-def test_what_lies_below_a_threshold_is_bounded(share, dtype):
+def test_sum_below_a_threshold_is_bounded(share, dtype):
     for dz in (peaked(9, 4999, dtype=dtype), draw(9, 33, dtype=dtype), draw(3, 1, dtype=dtype)):
         thresholds, left_out = ops.row_thresholds(dz, share)
         below, total = sums_below(dz, thresholds)
         assert bool((below <= left_out).all()) and bool((left_out <= share * total * (1 + 1e-6)).all())
         expected = reference.row_thresholds(dz, share)[0]
-        # A sum that all but equals what is allowed may fall on either side: then the threshold is the next one.
+        # A sum very close to the limit may fall on either side of it. Then the threshold is the next one.
         ratio = thresholds / expected
         assert bool(((ratio - 1).abs() < 1e-5).float().mean() >= 0.8) and bool(((ratio > 0.49) & (ratio < 2.01)).all())
     assert share == 0 or bool((ops.row_thresholds(peaked(9, 4999, dtype=dtype), share)[0] > 1e-30).all())
@@ -164,7 +164,7 @@ def test_thresholds_of_extreme_rows():
     assert bool(gradient[1].isnan().all()) and bool(gradient[2].isinf().all()) and float(gradient[5, 0]) == 1
 
 
-def test_wrong_shapes_are_named():
+def test_bad_operands_are_refused_by_name():
     with pytest.raises(RuntimeError, match=r"head_forward_: weight must be \[7, 5\]"):
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
     with pytest.raises(RuntimeError, match="head_forward_: logits must have contiguous rows"):

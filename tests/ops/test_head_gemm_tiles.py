@@ -48,7 +48,7 @@ def product(library: ctypes.CDLL, c: Tensor, a: Tensor, b: Tensor, resumed: bool
     return c
 
 
-def three(shape: tuple[int, int, int], run: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> list[Tensor]:
+def check_products(shape: tuple[int, int, int], run: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> list[Tensor]:
     """head_forward_, head_backward_ and head_grad_ of a shape T, H, V, checked against fp64."""
     T, H, V = shape
     hidden, weight, dz = (draw(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(((T, H), (V, H), (T, V))))
@@ -64,13 +64,13 @@ def three(shape: tuple[int, int, int], run: Callable[[Tensor, Tensor, Tensor, bo
 
 @pytest.mark.parametrize("shape", [*SHAPES, *LONG])
 def test_products_match_fp64(emulated, shape):
-    three(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
+    check_products(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_bits_do_not_depend_on_the_rectangle(emulated, shape):
-    whole = three(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
-    parts = three(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed, cut=PANEL))
+    whole = check_products(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
+    parts = check_products(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed, cut=PANEL))
     assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
 
 
@@ -82,8 +82,8 @@ def test_strides_of_a_wider_matrix(emulated):
     assert torch.equal(gradient, product(emulated, torch.empty(40, 70), dz.contiguous(), weight, False))
 
 
-def test_no_neighbour_is_read(emulated):
-    """What lies beside the operands is multiplied with nothing, not even with zero."""
+def test_values_beside_the_operands_are_not_read(emulated):
+    """NaNs beside the operands must not enter a product, not even times zero."""
     wide = torch.full((40, 300), torch.nan, dtype=torch.bfloat16)
     wide[3:36, 101:230] = draw(33, 129, dtype=torch.bfloat16)
     x, weight = wide[3:36, 101:230], draw(129, 50, dtype=torch.bfloat16, seed=1)
@@ -95,15 +95,15 @@ def test_no_neighbour_is_read(emulated):
 
 @pytest.mark.parametrize("fenced", (fenced_at_end, fenced_at_start))
 @pytest.mark.parametrize("shape", SHAPES[:5])
-def test_only_what_is_given_is_touched(emulated, shape, fenced):
+def test_no_memory_outside_the_tensors_is_touched(emulated, shape, fenced):
     def inside(x: Tensor) -> Tensor:
         return fenced(x) if x.is_contiguous() else fenced(x.T).T
 
-    three(shape, lambda c, a, b, resumed: product(emulated, inside(c), inside(a), inside(b), resumed))
+    check_products(shape, lambda c, a, b, resumed: product(emulated, inside(c), inside(a), inside(b), resumed))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *LONG])
-def test_the_machine_has_the_bits_of_the_emulation(emulated, shape, monkeypatch):
+def test_amx_matches_the_emulation_bitwise(emulated, shape, monkeypatch):
     monkeypatch.setenv("RBFAST_CPU_ISA", "amx")
     if ops.cpu_isa() != "amx":
         pytest.skip("this CPU has no amx")
@@ -118,11 +118,11 @@ def test_the_machine_has_the_bits_of_the_emulation(emulated, shape, monkeypatch)
         ops.head_backward_(c, a, b)
         return c
 
-    theirs = three(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
-    assert all(torch.equal(x, y) for x, y in zip(three(shape, on_this_machine), theirs, strict=True))
+    theirs = check_products(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
+    assert all(torch.equal(x, y) for x, y in zip(check_products(shape, on_this_machine), theirs, strict=True))
 
 
-# What a kernel without AMX answers, or a sandbox that lets nobody ask.
+# The answer of a Linux kernel without AMX, or of a sandbox that blocks the request.
 REFUSAL = """
 #include <errno.h>
 long syscall(long number, long code) { errno = ENOSYS; return -1; }
@@ -130,12 +130,12 @@ long syscall(long number, long code) { errno = ENOSYS; return -1; }
 
 
 @pytest.mark.slow
-def test_a_machine_that_refuses_its_tiles_does_without(tmp_path):
+def test_machine_that_refuses_amx_falls_back(tmp_path):
     if ops.cpu_isa() != "amx":
         pytest.skip("this CPU has no amx, or RBFAST_CPU_ISA is set")
     library = tmp_path / "refusal.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)], input=REFUSAL, text=True, check=True)
     program = "from rbfast import ops; print(ops.cpu_isa())"
     env = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["avx512_bf16"]
+    output = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["avx512_bf16"]

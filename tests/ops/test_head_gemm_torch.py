@@ -1,4 +1,4 @@
-"""The head's products of a GPU where they widen their operands, which is plain torch: on the CPU, against fp64."""
+"""The head's products on a GPU that widen their operands, which is plain torch: run on the CPU, against fp64."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from rbfast.ops import head_gemm
 @pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("shape", (*SHAPES, (0, 5, 7), (3, 0, 7), (3, 5, 0)))
 def test_widened_products_match_fp64(monkeypatch, shape, other, dtype):
-    """dtype: of the head, or of hidden states; other: of what it is multiplied with."""
+    """dtype: of the head or the hidden states. other: of the other operand."""
     if dtype == other != torch.float32:
-        pytest.skip("a product of a CUDA torch alone: tests/ops/test_cuda.py")
+        pytest.skip("this product needs a CUDA torch: tests/ops/test_cuda.py")
     T, H, V = shape
     monkeypatch.setattr(head_gemm, "SLICE_BYTES", 4 * H * 48)  # of 48 rows: several slices, the last one cut
     hidden, weight, dz = draw(T, H, dtype=other), draw(V, H, dtype=dtype, seed=1), draw(T, V, dtype=other, seed=2)
@@ -29,7 +29,7 @@ def test_widened_products_match_fp64(monkeypatch, shape, other, dtype):
     assert_product(dW, dz.T, x, start)
 
 
-def test_no_more_than_a_slice_is_widened(monkeypatch):
+def test_one_slice_is_widened_at_a_time(monkeypatch):
     widened = []
     wide = head_gemm.wide
     monkeypatch.setattr(head_gemm, "wide", lambda x: widened.append(x.numel()) or wide(x))

@@ -1,7 +1,7 @@
-"""The Triton kernels against the reference in fp64: on a GPU where there is one, else under Triton's interpreter.
+"""The Triton kernels against the reference in fp64: on a GPU if there is one, else under Triton's interpreter.
 
-The interpreter has to be asked for before Triton is imported, so one test here runs the others in a process of its own
-that has TRITON_INTERPRET=1. What the interpreter runs is the kernels' arithmetic, operation by operation, in NumPy.
+The interpreter must be enabled before Triton is imported, so one test here runs the others in a separate process with
+TRITON_INTERPRET=1. The interpreter runs the arithmetic of the kernels, operation by operation, in NumPy.
 """
 
 import json
@@ -81,9 +81,9 @@ def test_everything_under_the_interpreter() -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:]
 
 
-@pytest.mark.skipif(any(ROOT.glob("rbfast/_C_cuda*.so")), reason="the CUDA ops are built, which it would load")
-def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
-    """The registry under a torch that says it was built for CUDA, with Triton and without."""
+@pytest.mark.skipif(any(ROOT.glob("rbfast/_C_cuda*.so")), reason="the CUDA ops are built and would be loaded")
+def test_cuda_torch_uses_triton_if_installed_else_the_reference() -> None:
+    """The registry under a torch that claims to be built for CUDA, with Triton and without."""
     script = "\n".join(
         (
             "import importlib.util, json, sys, torch",
@@ -101,10 +101,10 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return tuple(json.loads(done.stdout))
 
-    found, imported = ask()
+    implementations, imported = ask()
     by_triton = (*OPS, *GROUPED, "grouped_column_fold_", "divergence_rows_", "scaled_")
-    assert all(found[name].startswith("triton (") for name in by_triton)
-    assert not imported  # it is by the first call
+    assert all(implementations[name].startswith("triton (") for name in by_triton)
+    assert not imported  # the first call imports it
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
         "reference (a filter saves a GPU nothing)",
@@ -141,7 +141,7 @@ def test_empty_columns(name, shape):
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_what_is_not_finite_goes_where_it_does_in_torch(name, dtype, bad):
+def test_non_finite_values_spread_as_in_torch(name, dtype, bad):
     d = make((65, 90, 77, 33, 2), dtype)
     for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
         tensor[-1, -1] = bad
@@ -163,14 +163,14 @@ def test_any_strides_give_the_same_bits(name):
 @here
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (1, 5))
-def test_fold_writes_the_bits_of_the_reference(dtype, k):
+def test_fold_matches_the_reference_bitwise(dtype, k):
     d = make((1, 300, 100, 270, k), dtype)
     assert torch.equal(run_triton("column_fold_", d)[0], run_columns("column_fold_", d, reference)[0])
 
 
 @here
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(dtype):
+def test_fold_of_rank_zero_copies_the_base_bitwise(dtype):
     d = make((1, 90, 77, 32, 0), dtype, run=16)
     d.base[0, :3] = torch.tensor((-0.0, float("nan"), float("inf")), dtype=dtype)
     (weight,) = run_triton("column_fold_", d)
@@ -181,7 +181,7 @@ def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(dtype):
 @here
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run", RUNS)
-def test_runs_give_the_bits_of_single_columns(name, run):
+def test_runs_match_single_columns_bitwise(name, run):
     d = make((65, 336, 77, 288, 3), torch.float16, run=run)
     assert all(map(torch.equal, run_triton(name, d), run_triton(name, replace(d, run=1))))
 
@@ -199,7 +199,7 @@ def test_runs_give_the_bits_of_single_columns(name, run):
         ("column_fold_", lambda d: {"run": 2}, "run must be 1, 2, 4, 8 or 16 and divide the 33 columns, got 2"),
     ),
 )
-def test_bad_columns(name, change, message):
+def test_bad_column_arguments_are_refused(name, change, message):
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(ValueError, match=message):
         run_triton(name, replace(d, **change(d)))
@@ -225,7 +225,7 @@ def test_an_expanded_target_is_refused(name, target, width):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shares", ((0, 1, 2, 3), (5, 0, 5)))
 def test_experts_match_fp64(name, dtype, shape, shares):
-    """The rows are parted among the experts in these proportions."""
+    """shares: the proportions in which the experts get the rows."""
     d = make(shape, dtype)
     rows = len(d.x)
     counts = [share * rows // sum(shares) for share in shares]
@@ -244,13 +244,13 @@ def test_experts_match_fp64(name, dtype, shape, shares):
         return (dx,)
 
     def run_each(wide):
-        found = []
+        results = []
         for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             one = d.map(lambda t, start=start, end=end: t[start:end] if len(t) == rows else t)
             one = replace(one, A=A[expert], B=B[expert], weight=d.weight).map(wide)
-            found.append(run_columns(name.removeprefix("grouped_"), one, reference))
+            results.append(run_columns(name.removeprefix("grouped_"), one, reference))
         join = torch.stack if name == "grouped_column_grad" else torch.cat
-        return [join(parts) for parts in zip(*found, strict=True)]
+        return [join(parts) for parts in zip(*results, strict=True)]
 
     ours = [result.cpu() for result in run_all(lambda t: t.to(DEVICE))]
     for result, plain, truth in zip(ours, run_each(lambda t: t), run_each(Tensor.double), strict=True):
@@ -265,15 +265,15 @@ def test_experts_match_fp64(name, dtype, shape, shares):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (3, 0))
 @pytest.mark.parametrize("is_transposed", (False, True))
-def test_a_fold_of_a_stack_has_the_bits_of_the_reference(dtype, k, is_transposed):
+def test_grouped_fold_matches_the_reference_bitwise(dtype, k, is_transposed):
     d = make((1, 300, 100, 270, k), torch.float32)
     A, B, weight, base = (torch.stack([t, 2 * t]) for t in (d.A, d.B, d.weight.to(dtype), d.base.to(dtype)))
     expected = weight.clone()
     for expert in range(2):
         reference.column_fold_(expected[expert], base[expert], d.cols, A[expert], B[expert], d.scale)
-    found = (weight.mT.contiguous().mT if is_transposed else weight.clone()).to(DEVICE)
-    grouped_columns.grouped_column_fold_(found, *(t.to(DEVICE) for t in (base, d.cols, A, B)), d.scale)
-    assert torch.equal(found.cpu(), expected)
+    folded = (weight.mT.contiguous().mT if is_transposed else weight.clone()).to(DEVICE)
+    grouped_columns.grouped_column_fold_(folded, *(t.to(DEVICE) for t in (base, d.cols, A, B)), d.scale)
+    assert torch.equal(folded.cpu(), expected)
 
 
 @here
@@ -285,7 +285,7 @@ def test_experts_without_rows_have_a_gradient_of_zero():
 
 
 @here
-def test_experts_of_other_shapes_are_refused():
+def test_bad_expert_arguments_are_refused():
     d, ends = make((8, 90, 77, 33, 2), torch.float32), torch.tensor([3, 8])
     A, B = d.A.expand(2, -1, -1), d.B.expand(2, -1, -1)
     for bad, message in (
@@ -314,10 +314,10 @@ def test_experts_of_other_shapes_are_refused():
 
 
 @here
-@pytest.mark.skipif(not INTERPRETED, reason="pages of the host")
+@pytest.mark.skipif(not INTERPRETED, reason="needs inaccessible pages of the host")
 @pytest.mark.parametrize("fenced", (fenced_at_end, fenced_at_start))
 @pytest.mark.parametrize("name", (*OPS, *GROUPED, *KINDS))
-def test_only_what_is_given_is_touched(name, fenced):
+def test_no_memory_outside_the_tensors_is_touched(name, fenced):
     d = make((65, 90, 77, 33, 3), torch.float16).map(fenced)
     cols, ends = fenced(d.cols), fenced(torch.tensor((20, 20, 65)))
     stacked = fenced(d.A.expand(3, 3, 33)), fenced(d.B.expand(3, 77, 3)), d.scale
@@ -347,8 +347,8 @@ def test_rows_with_a_teacher_match_fp64(kind, beta, size, gap, head):
 @here
 @pytest.mark.parametrize("kind", TAUGHT)
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_gradient_near_the_teacher(kind, beta):
-    """The bar of 0.3% against fp64 at the same inputs, where student and teacher are 0.001 apart."""
+def test_gradient_error_near_the_teacher(kind, beta):
+    """Required: within 0.3% of fp64 at the same inputs, where student and teacher are 0.001 apart."""
     rows = replace(make_rows(kind, 1000, 1000, gap=0.001, beta=beta, k=20), ce_weight=torch.zeros(9))
     *_, ours = rows.run(OnDevice)
     *_, exact = rows.double().run(reference)
@@ -366,22 +366,22 @@ def test_text_rows_match_fp64(size, head):
 @here
 @pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_of_one_part_matches_fp64(kind, part):
+def test_head_with_a_single_option_matches_fp64(kind, part):
     assert_close_to_fp64(make_with_part_of_a_head(kind, part), OnDevice)
 
 
 @here
 @pytest.mark.parametrize("pair", [with_factors, without_values])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_factor_counts_as_its_product_with_every_value(kind, pair):
+def test_factors_match_values_multiplied_by_them_bitwise(kind, pair):
     ours, spelt = pair(kind)
     assert all(map(torch.equal, ours.run(OnDevice), spelt.run(OnDevice)))
 
 
 def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
-    apart = (ours.double() - expected.double()).abs()
-    said = f"{name}: {int((apart != 0).sum())} of {apart.numel()} differ, by up to {float(apart.max()):.3g} "
-    assert torch.equal(ours, expected), said + f"of {float(expected.abs().max()):.3g}"
+    gap = (ours.double() - expected.double()).abs()
+    message = f"{name}: {int((gap != 0).sum())} of {gap.numel()} differ, by up to {float(gap.max()):.3g} "
+    assert torch.equal(ours, expected), message + f"of {float(expected.abs().max()):.3g}"
 
 
 @here
@@ -390,7 +390,7 @@ def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
 def test_gradient_in_place_of_the_logits(kind, dtype):
     """V takes several blocks, and in 16 bits dz fills the first half of each row's memory.
 
-    Elsewhere dz has the same stride: for one divisible by 16 Triton makes another kernel, which may sum in another
+    Elsewhere dz has the same stride: for a stride divisible by 16 Triton makes another kernel, which may sum in another
     order.
     """
     V = 5000
@@ -406,7 +406,7 @@ def test_gradient_in_place_of_the_logits(kind, dtype):
     ):
         assert_same_bits(name, one, other)
     silent = divergence_rows.divergence_rows_(rows.logits.clone().to(DEVICE), None, *values)
-    for one, other in zip(silent, expected, strict=True):  # a kernel of its own, and so maybe an order of its own
+    for one, other in zip(silent, expected, strict=True):  # another kernel, which may sum in another order
         torch.testing.assert_close(one, other, rtol=0 if INTERPRETED else 16 * EPS32, atol=0)
 
 
@@ -421,7 +421,7 @@ def test_extreme_logits(kind, beta):
 
 @here
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_low_temperature(beta):
+def test_low_temperature_matches_fp64(beta):
     assert_close_to_fp64(cold(beta), OnDevice)
 
 
@@ -442,7 +442,7 @@ def test_probabilities_that_do_not_add_up_to_1_are_scaled(beta):
 
 @here
 @pytest.mark.parametrize("beta", BETAS)
-def test_no_divergence_from_oneself_is_negative(beta):
+def test_divergence_of_equal_distributions_is_not_negative(beta):
     for V in (2, 3, 8, 50):
         assert bool((make_rows("top-k", V, gap=0.0, k=2, beta=beta).run(OnDevice)[0] >= 0).all())
 
@@ -475,7 +475,7 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
 
 @here
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_is_not_hidden(kind):
+def test_nan_is_not_hidden(kind):
     rows = make_rows(kind, 50, 50)
     rows.logits[0, 20] = torch.nan
     divergence, ce, _, dz = rows.run(OnDevice)
@@ -512,7 +512,7 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
 
 @here
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_rows_than_one_program_weighs(kind, monkeypatch):
+def test_more_rows_than_one_program_handles(kind, monkeypatch):
     monkeypatch.setattr(divergence_rows, "BLOCK_ROWS", 4)  # of nine rows
     rows = make_rows(kind)
     divergence, ce, loss, _ = rows.run(OnDevice)
@@ -526,7 +526,7 @@ def test_no_rows_and_no_support():
 
 
 @here
-def test_wrong_rows_are_named():
+def test_bad_row_arguments_are_refused():
     rows = make_rows("top-k")
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be torch.int64"),
@@ -567,9 +567,7 @@ def test_the_registry_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("shape", ((1,), (3, 7), (100, 300), (0, 4)))
-def test_scaled_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(
-    shape, dtype, other, monkeypatch
-):
+def test_scaled_multiplies_in_the_dtype_of_the_factor(shape, dtype, other, monkeypatch):
     monkeypatch.setattr(scale, "PROGRAMS", 2)  # each takes several blocks
     monkeypatch.setattr(scale, "BLOCK", 1024)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -581,7 +579,7 @@ def test_scaled_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_n
             torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_scaled_takes_one_number_and_dense_memory():
+def test_scaled_refuses_strided_tensors_and_unsuitable_factors():
     dense, turned = torch.ones(4, 3), torch.ones(3, 4).T
     for out, x in ((dense, turned), (turned, dense), (dense, torch.ones(3))):
         with pytest.raises(ValueError, match="out and x must be contiguous and of one shape"):

@@ -1,6 +1,6 @@
 """Every Triton kernel, in the specialisations that the ops launch, compiled for four GPUs without one.
 
-The launches are recorded, not made: an op called with tensors without memory says what it would launch.
+Launches are recorded, not made: the ops are called with tensors without memory.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], objec
     teacher = empty(T, V) if kind == "dense" else None
     bias, scale, softcap = (empty(V), 0.5, 30.0) if head else (None, 1.0, None)
     logits = empty(T, V)
-    dz = logits.view(torch.bfloat16)[:, :V]  # over the logits, as the loss has it
+    dz = logits.view(torch.bfloat16)[:, :V]  # over the logits, as in the loss
     for parameters in (weights, (None, None, None)):  # one for each row, or a factor alone
         yield lambda parameters=parameters: divergence_rows.divergence_rows_(
             logits, dz, labels, *parameters, ids, logprobs, teacher, bias, beta, scale, softcap, 0.3, 0.1, 2.0
@@ -115,13 +115,13 @@ def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], objec
 
 
 def spilled_bytes(log: str) -> int:
-    """What the assembler says, to which Triton hands its own flags, of the registers it could not keep."""
+    """The bytes of spilled registers that the assembler reports, run by Triton with its own flags."""
     ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return int(stores) + int(loads)
 
 
 def assert_stores_wait_for_loads(ttgir: str) -> None:
-    """A store over what was loaded, by other warps too, comes after a barrier. (Losses are stored as single values.)"""
+    """A store over values that any warp loaded comes after a barrier. (Losses are stored as single values.)"""
     stores, waits = 0, True
     for line in ttgir.splitlines():
         if "tt.load" in line:
@@ -148,7 +148,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")  # to the standard output
 
 
-# In fp16 and fp32 on the two that leave the least room: most registers are asked for on 80, least memory is on 120.
+# fp16 and fp32 on the two tightest GPUs only: sm_80 needs the most registers, sm_120 has the least shared memory.
 @pytest.mark.parametrize(
     "dtype, k, arch",
     [(torch.bfloat16, k, arch) for k in (2, 20) for arch in SHARED_LIMIT]
@@ -165,7 +165,7 @@ def test_column_kernels_fit_the_registers_and_shared_memory(dtype, k, arch, monk
 
 @pytest.mark.parametrize("arch", (80, 90))
 def test_sums_of_products_are_rounded(arch, monkeypatch):
-    """Tensor cores cut off what they add: they must not be handed the running sum instead of 0."""
+    """Tensor cores truncate what they add, so they must start from 0, not from the running sum."""
     for launch in launches(monkeypatch, column_calls(torch.float16, 2)):
         if launch.kernel in (columns.project_kernel, columns.contract_kernel):
             ttir = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options).asm[
@@ -191,7 +191,7 @@ def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch,
     for launch in launches(monkeypatch, row_calls(kind, beta, head)):
         kernel, spilled = compiled(launch, arch)
         assert spilled == 0, launch.kernel.__name__
-        if launch.kernel is not divergence_rows.weighted_loss_kernel:  # which stores over nothing
+        if launch.kernel is not divergence_rows.weighted_loss_kernel:  # it overwrites nothing
             assert_stores_wait_for_loads(kernel.asm["ttgir"])
 
 
@@ -203,8 +203,8 @@ def test_scale_fits_the_registers(dtype, arch, monkeypatch):
     assert all(compiled(launch, arch)[1] == 0 for launch in launches(monkeypatch, calls))
 
 
-def test_the_fold_multiplies_and_adds_apart(monkeypatch):
-    """A fused multiply-add would not round the product, and a fold would have other bits than on the CPU."""
+def test_fold_does_not_fuse_its_multiply_and_add(monkeypatch):
+    """A fused multiply-add would not round the product, so a fold would differ from the CPU's."""
     (fold,) = launches(monkeypatch, (call for i, call in enumerate(column_calls(torch.bfloat16, 2)) if i == 4))
     for fused in (False, True):
         options = fold.options | {"enable_fp_fusion": fused}

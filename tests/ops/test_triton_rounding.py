@@ -1,4 +1,4 @@
-"""The Triton kernels with the roundings of a GPU that the interpreter does not make by itself.
+"""The Triton kernels with the roundings of a GPU that the interpreter lacks.
 
 test_triton.py runs this file under the interpreter.
 """
@@ -33,18 +33,18 @@ pytestmark = [
         ([2.0**30, -(2.0**30), 1.0], 0.0),  # 1 is below the last of 26 bits
         ([2.0**25, -(2.0**25), 1.0], 1.0),
         ([1.0, 2.0**-24, 2.0**-24], 1 + 2.0**-23),  # kept for the sum
-        ([1.0, 2.0**-24 + 2.0**-25], 1.0),  # cut off, not rounded
+        ([1.0, 2.0**-24 + 2.0**-25], 1.0),  # truncated, not rounded
         ([-1.0, -(2.0**-24) - 2.0**-25], -1.0),
     ),
 )
-def test_a_tensor_core_cuts_sums_off(products, expected):
+def test_tensor_core_sum_truncates(products, expected):
     a, zero = np.zeros((1, gpu_rounding.DEPTH)), np.zeros((1, 1))
     a[0, : len(products)] = products
     assert gpu_rounding.tensor_core_sum(a, np.ones((gpu_rounding.DEPTH, 1)), zero) == expected
 
 
 def test_a_long_sum_of_products_is_rounded(monkeypatch):
-    """Tensor cores cut off what they add: 792 times for these 2100 features, if they add all of it up."""
+    """Tensor cores truncate what they add: 792 times for these 2100 features, if they compute the whole sum."""
     gpu_rounding.add_as_tensor_cores(monkeypatch)
     g = torch.Generator().manual_seed(0)
     x, m = torch.randn(20, 2100, generator=g).half(), torch.randn(2100, 4, generator=g)

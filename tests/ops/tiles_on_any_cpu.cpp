@@ -11,8 +11,8 @@ struct Tile {
 };
 thread_local Tile tiles[8];
 
-// x, or zero if it is subnormal: the instructions take and give no such numbers. Without a branch, so that loops of it
-// become vectors.
+// x, or zero if it is subnormal, as the instructions flush subnormal inputs and outputs. Without a branch, so that
+// loops over it are vectorised.
 inline float flushed(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

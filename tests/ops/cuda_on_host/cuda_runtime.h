@@ -1,10 +1,10 @@
-// CUDA on the host, as much of it as the kernels use: what lets csrc/cuda/*.cu be compiled by g++ and run on CPU tensors.
+// The part of CUDA that the kernels use, on the host: with it g++ compiles csrc/cuda/*.cu to run on CPU tensors.
 //
 // A CUDA thread is a fiber. All fibers of a cluster take turns on one host thread, and each runs until it waits at a
 // barrier or exchanges values with its warp. A cooperative grid is one cluster. So between two barriers threads run one
-// after the other, and a warp gets as far ahead of the others as barriers let it: in order, in reverse, or in a random
-// order, as the test says; a kernel with a race gives another result in one of them. A barrier that some threads never
-// reach ends the launch with an error.
+// after the other, and a warp gets as far ahead of the others as barriers allow. The test chooses the order: as
+// numbered, reversed or random. A kernel with a race gives another result in one of them. A barrier that some threads
+// never reach ends the launch with an error.
 #pragma once
 
 #include <setjmp.h>
@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 
-#define CUDA CPU  // the dispatch key: after the headers of torch, which have a word of that name
+#define CUDA CPU  // the dispatch key; after the headers of torch, which use that name
 
 #define __global__ static
 #define __grid_constant__
@@ -48,7 +48,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace on_host {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kPlainShared = 48 << 10;  // bytes of shared memory that a block has without being asked for more
+constexpr size_t kPlainShared = 48 << 10;  // bytes of shared memory that a block has by default
 constexpr size_t kGuard = 64;  // bytes after a block's shared memory, which no thread may change
 
 struct Barrier {
@@ -69,7 +69,7 @@ struct Block {
   char* memory;
 };
 
-// A copy that is on its way; without `to`, the end of a group of them.
+// A pending copy; without `to`, the end of a group of copies.
 struct Copy {
   void* to = nullptr;
   const void* from = nullptr;
@@ -88,7 +88,7 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
-// What the tests choose: the device that is imitated, and the order of its threads.
+// The imitated device and the order of its threads, which the tests choose.
 struct Machine {
   int has_clusters = 1, shared_bytes = 233472, order = 0;  // no shared memory: a GPU that no kernel is compiled for
   int launches = 0;  // so far
@@ -152,7 +152,7 @@ inline bool can_run(const Fiber& fiber) {
   return !fiber.is_done && (fiber.waits_for == nullptr || fiber.waits_for->generation != fiber.generation);
 }
 
-// Runs a warp as far as it gets, in the order of these lanes; returns how many of them are done by it, or -1 if none ran.
+// Runs a warp as far as it gets, in this order of lanes. Returns how many of them finished, or -1 if none ran.
 inline int run_warp(int first, const std::vector<int>& lanes) {
   int done = -1;
   for (bool has_run = true; has_run;) {
@@ -204,7 +204,7 @@ inline void run_cluster(dim3 first, int blocks, unsigned threads, size_t shared)
     block.warps.resize(threads / 32);
     for (Warp& warp : block.warps) warp.barrier.expected = 32;
     block.room.reset(new char[shared + kGuard + 16]);
-    memset(block.room.get(), 0xff, shared + kGuard + 16);  // NaN: what nobody wrote is seen
+    memset(block.room.get(), 0xff, shared + kGuard + 16);  // NaN, so that reads before a write show
     block.memory = block.room.get() + (16 - reinterpret_cast<uintptr_t>(block.room.get()) % 16) % 16;
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = machine.fibers[b * threads + t];
@@ -222,7 +222,7 @@ inline void run_cluster(dim3 first, int blocks, unsigned threads, size_t shared)
       if (block.memory[shared + i] != static_cast<char>(0xff)) throw std::runtime_error("a write past shared memory");
 }
 
-// What every lane of the warp gives, until the exchange after the next one; all lanes take part.
+// The values of all lanes of the warp, valid until the exchange after the next one. All lanes must take part.
 inline const uint64_t* exchange_all(uint64_t value) {
   Warp& warp = warp_of(current());
   uint64_t* values = warp.values[warp.barrier.generation % 2];
@@ -231,7 +231,7 @@ inline const uint64_t* exchange_all(uint64_t value) {
   return values;
 }
 
-// The value that another lane gives.
+// The value of another lane.
 template <typename T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= 8);
@@ -243,7 +243,7 @@ T exchange(T value, int from) {
 
 }  // namespace on_host
 
-// New memory is full of NaN, as shared memory is: the linker sends the calls of aoti_torch_empty_strided here.
+// Fills new memory with NaN, like shared memory: the linker redirects aoti_torch_empty_strided here.
 extern "C" AOTITorchError __real_aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t,
                                                           int32_t, AtenTensorHandle*);
 extern "C" __attribute__((used)) inline AOTITorchError __wrap_aoti_torch_empty_strided(
@@ -285,7 +285,7 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   on_host::current().copies.push_back({to, from, static_cast<int>(bytes)});
 }
 inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {  // for all of them
+inline void __pipeline_wait_prior(size_t) {  // waits for all of them
   for (const on_host::Copy& copy : on_host::current().copies) memcpy(copy.to, copy.from, copy.bytes);
   on_host::current().copies.clear();
 }
@@ -392,7 +392,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
          : error == cudaErrorNoKernelImageForDevice  ? "no kernel image is available for execution on the device"
                                                      : "invalid argument";
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // what torch calls the CPU
+inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // the index of the CPU in torch
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
@@ -411,7 +411,7 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   on_host::machine.roomy.insert(kernel);
   return cudaSuccess;
 }
-// So few that some teams have several rows, and not all as many.
+// So few that some teams have several rows, and others fewer.
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 1, cudaSuccess;

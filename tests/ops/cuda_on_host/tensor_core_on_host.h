@@ -1,5 +1,5 @@
 // mma, ldmatrix and cp.async of csrc/cuda/tensor_core.cuh for threads of the host. A copy takes place when it is waited
-// for, so a kernel that reads too early sees what was there before.
+// for, so a kernel that reads too early sees the old values.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -46,7 +46,7 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
     }
     r[i] = uint32_t{pair[1]} << 16 | pair[0];
   }
-  on_host::exchange_all(0);  // nobody writes over what another lane has yet to read
+  on_host::exchange_all(0);  // no lane overwrites what another has yet to read
 }
 
 inline void copy_async(void* to, const void* from, int bytes) {
