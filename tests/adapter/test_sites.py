@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_pairs import Pair, check_gradients, layer, on, rows
+from layer_pairs import Pair, attach_full, check_gradients, layer, rows
 from tiny_models import disturb
 from torch import nn
 from torch.nn.functional import dropout, linear
@@ -28,7 +28,7 @@ COMPUTED = {
 def test_computed_weight_gets_a_side_delta(kind, tmp_path):
     model = Pair(COMPUTED[kind]()).eval()
     before = model(rows()).detach()
-    adapter = on(model)
+    adapter = attach_full(model)
     assert {name: site.is_folded for name, site in adapter.sites().items()} == {"first": True, "layer": False}
     assert torch.equal(model(rows()), before) and not any(name.startswith("layer") for name in adapter.left_out)
     check_gradients(model, adapter, rows())
@@ -44,7 +44,7 @@ def test_computed_weight_gets_a_side_delta(kind, tmp_path):
 
 
 def test_adapter_of_a_plain_weight_loads_onto_a_computed_one(tmp_path):
-    on(Pair(layer())).save_pretrained(tmp_path)
+    attach_full(Pair(layer())).save_pretrained(tmp_path)
     adapter = SparseAdapter.from_pretrained(Pair(parametrizations.weight_norm(layer())), tmp_path)
     assert {name: site.is_folded for name, site in adapter.sites().items()} == {"first": True, "layer": False}
 
@@ -52,7 +52,7 @@ def test_adapter_of_a_plain_weight_loads_onto_a_computed_one(tmp_path):
 def test_a_computed_weight_is_not_counted_twice():
     plain, normed = Pair(layer()), Pair(parametrizations.weight_norm(layer()))
     scales = normed.layer.parametrizations.weight.original0.numel()
-    assert on(normed).parameters_of_base == on(plain).parameters_of_base + scales
+    assert attach_full(normed).parameters_of_base == attach_full(plain).parameters_of_base + scales
 
 
 class TimesWeight(nn.Module):
@@ -73,7 +73,7 @@ class TimesWeight(nn.Module):
 def test_square_layer_with_a_transposed_weight_is_detected(start, mode):
     """By its gradient: with an identity or zeros as the weight, outputs cannot show it."""
     model = Pair(TimesWeight(start=start))
-    adapter = on(model, mode=mode, targets=["layer"])
+    adapter = attach_full(model, mode=mode, targets=["layer"])
     check_gradients(model, adapter, rows())
     trained = model(rows()).detach()
     adapter.merge()
@@ -82,7 +82,7 @@ def test_square_layer_with_a_transposed_weight_is_detected(start, mode):
 
 def test_oblong_layer_with_a_transposed_weight_folds():
     model = Pair(TimesWeight(16, 6))
-    adapter = on(model)
+    adapter = attach_full(model)
     assert all(site.is_folded for site in adapter.sites().values())
     check_gradients(model, adapter, rows())
 
@@ -118,7 +118,7 @@ class Dropping(nn.Linear):
 
 def test_layer_with_output_dropout_gets_a_side_delta():
     model = Pair(Dropping(16, 8))
-    adapter = on(model)
+    adapter = attach_full(model)
     assert not adapter.sites()["layer"].is_folded
     check_gradients(model.eval(), adapter, rows())
     adapter.zero_grad()
@@ -145,7 +145,7 @@ class Counting(nn.Linear):
 def test_trial_forward_leaves_buffers_unchanged():
     model = Pair(Counting(16, 8))
     seen = model.layer.seen
-    assert on(model).sites()["layer"].is_folded
+    assert attach_full(model).sites()["layer"].is_folded
     assert model.layer.seen is seen and seen == 0
 
 
@@ -154,7 +154,7 @@ def test_custom_forward_folds_only_if_it_is_a_plain_product():
     for kind, folds in ((OwnForward, True), (Scaled, False), (TakingRows, True)):
         model = Pair(kind(16, 16))
         flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
-        adapter = on(model)
+        adapter = attach_full(model)
         assert torch.equal(torch.get_rng_state(), state)
         assert adapter.sites()["layer"].is_folded == folds
         check_gradients(model, adapter, rows())
@@ -165,12 +165,12 @@ def test_custom_forward_folds_only_if_it_is_a_plain_product():
 def test_forward_is_tried_under_no_grad_and_again_after_replacement():
     model = Pair(OwnForward(16, 16))
     with torch.no_grad():
-        adapter = on(model)
+        adapter = attach_full(model)
     assert adapter.sites()["layer"].is_folded
     adapter.detach()
     layer = model.layer
     layer.forward = lambda x: linear(x, 3 * layer.weight, layer.bias)
-    assert not on(model).sites()["layer"].is_folded
+    assert not attach_full(model).sites()["layer"].is_folded
 
 
 class Router(nn.Linear):
@@ -239,23 +239,23 @@ def test_layer_that_cannot_have_a_delta_is_skipped_with_a_warning(kind):
     module, reason = UNFIT[kind]
     model = Pair(module)
     with pytest.warns(UserWarning, match=f"1 linear layers cannot have a delta and stay as they are; .* {reason}"):
-        adapter = on(model)
+        adapter = attach_full(model)
     assert set(adapter.sites()) == ({"first", "layer.inner"} if kind == "wrapper" else {"first"})
     adapter.detach()
     with pytest.raises(ValueError, match=f"{reason}.*; leave it out of targets"):
-        on(model, targets=["first", "layer"])
+        attach_full(model, targets=["first", "layer"])
 
 
 def test_a_lazy_layer_has_to_run_first():
     model = Pair(nn.LazyLinear(8))
     with pytest.raises(ValueError, match="layer is a lazy layer without a weight: run the model once first"):
-        on(model)
+        attach_full(model)
     model(rows())
-    assert set(on(model).sites()) == {"first", "layer"}
+    assert set(attach_full(model).sites()) == {"first", "layer"}
 
 
 def test_adapter_file_naming_an_unsuitable_layer_is_refused(tmp_path):
-    on(Pair(layer())).save_pretrained(tmp_path)
+    attach_full(Pair(layer())).save_pretrained(tmp_path)
     torch.manual_seed(1)
     with pytest.raises(ValueError, match="layer returns a tuple"):
         SparseAdapter.from_pretrained(Pair(Router(16, 8)), tmp_path)
@@ -273,7 +273,7 @@ class ByName(nn.Module):
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_layer_may_take_its_input_as_a_keyword(mode):
     model = ByName()
-    adapter = on(model, mode=mode)
+    adapter = attach_full(model, mode=mode)
     check_gradients(model, adapter, rows())
     adapter.detach()
     scores = score_columns(model, [rows()], lambda model, x: model(x).square().sum())
@@ -296,14 +296,14 @@ class Turned(nn.Linear):
 def test_output_may_have_any_memory_layout(mode):
     model, x = Pair(Turned(16, 8)), torch.stack([rows(), 2 * rows()])
     assert not model.layer(x).is_contiguous()
-    check_gradients(model, on(model, mode=mode), x)
+    check_gradients(model, attach_full(model, mode=mode), x)
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_a_model_made_in_inference_mode_runs_there(mode):
     with torch.inference_mode():
         model = Pair(OwnForward(16, 16))
-        before, adapter = model(rows()), on(model, mode=mode)
+        before, adapter = model(rows()), attach_full(model, mode=mode)
         assert set(adapter.sites()) == {"first", "layer"}
         disturb(adapter)
         assert not torch.equal(model(rows()), before)
@@ -314,5 +314,5 @@ def test_a_model_made_in_inference_mode_runs_there(mode):
 def test_layers_on_meta_are_accepted_without_a_trial():
     with torch.device("meta"):
         model = Pair(OwnForward(16, 16))
-    adapter = on(model)
+    adapter = attach_full(model)
     assert set(adapter.sites()) == {"first", "layer"} and not any(site.is_folded for site in adapter.sites().values())

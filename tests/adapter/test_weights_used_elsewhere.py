@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from layer_pairs import Pair, check_gradients, layer, on, rows
+from layer_pairs import Pair, attach_full, check_gradients, layer, rows
 from tiny_models import attach, batch, disturb, family, llama, same_bits, snapshot
 from torch import nn
 from torch.nn.functional import linear
@@ -14,12 +14,12 @@ def test_output_layer_of_torchs_attention_gets_no_delta():
     torch.manual_seed(0)  # with some weights the loss is not smooth between the two points of a finite difference
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     with pytest.warns(UserWarning, match=r"MultiheadAttention multiplies by the weight of self_attn\.out_proj"):
-        adapter = on(model)
+        adapter = attach_full(model)
     assert set(adapter.sites()) == {"linear1", "linear2"}
     check_gradients(model, adapter, rows()[None])
     for mode in ("fold", "side"):  # in evaluation torch would bypass the layers if they had no hooks
         adapter.detach()
-        adapter = on(model.eval(), mode=mode)
+        adapter = attach_full(model.eval(), mode=mode)
         before = model(rows()[None]).detach()
         disturb(adapter)
         with torch.no_grad():
@@ -42,12 +42,12 @@ def test_weights_that_share_memory_get_no_delta():
     model.layer.weight = nn.Parameter(model.first.weight.data.T)
     model.last = nn.Linear(16, 16)
     with pytest.warns(UserWarning, match="2 linear layers .* the weight of first shares its memory with another one"):
-        adapter = on(model)
+        adapter = attach_full(model)
     assert set(adapter.sites()) == {"last"}
     adapter.detach()
     whole = torch.randn(32, 16)  # halves of one tensor don't overlap
     model.first.weight, model.layer.weight = nn.Parameter(whole[:16]), nn.Parameter(whole[16:])
-    assert set(on(model).sites()) == {"first", "layer", "last"}
+    assert set(attach_full(model).sites()) == {"first", "layer", "last"}
 
 
 def test_weights_that_are_views_of_a_larger_one_get_no_delta():
@@ -55,14 +55,14 @@ def test_weights_that_are_views_of_a_larger_one_get_no_delta():
     model.last, model.whole = nn.Linear(16, 16), nn.Parameter(whole)
     model.first.weight, model.layer.weight = nn.Parameter(whole[4:20]), nn.Parameter(whole[24:40])
     with pytest.warns(UserWarning, match="2 linear layers .* the weight of first shares its memory with another one"):
-        assert set(on(model).sites()) == {"last"}
+        assert set(attach_full(model).sites()) == {"last"}
 
 
 def test_weight_that_shares_memory_with_a_buffer_gets_no_delta():
     model = Pair(nn.Linear(16, 16))
     model.register_buffer("shown", model.layer.weight.data[2:4])
     with pytest.warns(UserWarning, match="the weight of layer shares its memory with another one"):
-        assert set(on(model).sites()) == {"first"}
+        assert set(attach_full(model).sites()) == {"first"}
 
 
 def test_model_with_a_peft_adapter_is_refused():
@@ -95,16 +95,16 @@ def test_weight_used_directly_in_model_code_gets_no_delta(kind):
     model = kind()
     message = f"3 linear layers .* {kind.__name__} multiplies by the weight of a without running"
     with pytest.warns(UserWarning, match=message):
-        adapter = on(model)
+        adapter = attach_full(model)
     assert set(adapter.sites()) == {"d"}
     adapter.detach()
     with pytest.raises(ValueError, match="multiplies by the weight of b without running the layer"):
-        on(model, targets=["b"])
+        attach_full(model, targets=["b"])
 
 
 def test_model_without_source_code_is_accepted():
     kind = type("Typed", (nn.Sequential,), {"forward": eval("lambda self, x: self[0](x)")})  # as in a shell
-    assert set(on(kind(nn.Linear(16, 16))).sites()) == {"0"}
+    assert set(attach_full(kind(nn.Linear(16, 16))).sites()) == {"0"}
 
 
 class Bypassing(nn.Module):
@@ -127,7 +127,7 @@ class Bypassing(nn.Module):
 @pytest.mark.parametrize("trained", ["A B", "B"])
 def test_weight_used_without_running_its_layer_is_an_error(first, mode, trained):
     model = Bypassing(first)
-    adapter = on(model, mode=mode)
+    adapter = attach_full(model, mode=mode)
     for site in adapter.sites().values():
         site.A.requires_grad_("A" in trained)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
@@ -160,7 +160,7 @@ class Routed(nn.Module):
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_compiled_layer_is_not_mistaken_for_a_bypassed_weight(mode):
     model = Pair(Routed())
-    adapter = on(model, mode=mode)
+    adapter = attach_full(model, mode=mode)
     model.layer.compile(backend="aot_eager")
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     with warnings.catch_warnings():
@@ -177,7 +177,7 @@ def test_compiled_layer_is_not_mistaken_for_a_bypassed_weight(mode):
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_manually_frozen_delta_is_accepted(frozen_from, is_compiled):
     model = Pair(Routed())
-    adapter = on(model)
+    adapter = attach_full(model)
     run = torch.compile(model, backend="aot_eager") if is_compiled else model
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     with warnings.catch_warnings():
@@ -194,7 +194,7 @@ def test_manually_frozen_delta_is_accepted(frozen_from, is_compiled):
 
 def test_a_weight_that_is_trained_beside_its_delta_is_not_frozen():
     model = Pair(Routed())
-    adapter, weight = on(model, mode="side"), model.layer.second.weight.requires_grad_(True)
+    adapter, weight = attach_full(model, mode="side"), model.layer.second.weight.requires_grad_(True)
     optimizer = torch.optim.SGD([*adapter.parameters(), weight], lr=0.1)
     with pytest.warns(UserWarning, match="1 of 3 matrices got no gradient"):
         for _ in range(2):
@@ -226,7 +226,7 @@ def test_gradient_without_positive_values_counts_as_a_gradient(sign):
 def test_idle_layer_is_reported_once_and_its_weight_stays_frozen(idle):
     model = Pair(layer())
     model.idle = idle()
-    adapter = on(model)
+    adapter = attach_full(model)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"1 of 3 matrices got no gradient in the first step \(the first is idle\)"):
         model(rows()).square().sum().backward()
@@ -240,9 +240,9 @@ def test_idle_layer_is_reported_once_and_its_weight_stays_frozen(idle):
 
 
 @pytest.mark.parametrize("end", ["merge", "detach"])
-def test_a_frozen_model_stays_frozen_if_its_adapter_ends_after_the_first_step(end):
+def test_frozen_model_stays_frozen_if_its_adapter_ends_after_one_step(end):
     model = Pair(Routed()).requires_grad_(False)
-    adapter = on(model)
+    adapter = attach_full(model)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     model(rows()).square().sum().backward()
     with pytest.warns(UserWarning, match="1 of 3 matrices got no gradient"):

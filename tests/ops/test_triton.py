@@ -46,7 +46,16 @@ from row_cases import (
     without_values,
 )
 from row_cases import make as make_rows
-from triton_cases import DEVICE, INTERPRETED, OnDevice, assert_below, assert_within_budget, here, on_device, run_triton
+from triton_cases import (
+    DEVICE,
+    INTERPRETED,
+    OnDevice,
+    assert_below,
+    assert_within_budget,
+    needs_device,
+    on_device,
+    run_triton,
+)
 
 from rbfast.kernels import columns, divergence_rows, grouped_columns, scale
 from rbfast.ops import reference, registry
@@ -121,7 +130,7 @@ def test_tensors_on_two_devices_are_refused():
 # ---- the adapter's ops ----
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -129,7 +138,7 @@ def test_columns_match_fp64(name, dtype, shape):
     assert_within_budget(name, make(shape, dtype))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("shape", EMPTY)
 def test_empty_columns(name, shape):
@@ -137,7 +146,7 @@ def test_empty_columns(name, shape):
     assert all(map(torch.equal, run_triton(name, d), run_columns(name, d, reference)))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
@@ -149,7 +158,7 @@ def test_non_finite_values_spread_as_in_torch(name, dtype, bad):
         assert torch.equal(ours.isfinite(), expected.isfinite())
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", OPS)
 def test_any_strides_give_the_same_bits(name):
     d = on_device(make((70, 90, 77, 33, 3), torch.float16))
@@ -160,7 +169,7 @@ def test_any_strides_give_the_same_bits(name):
         assert torch.equal(ours, expected)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (1, 5))
 def test_fold_matches_the_reference_bitwise(dtype, k):
@@ -168,7 +177,7 @@ def test_fold_matches_the_reference_bitwise(dtype, k):
     assert torch.equal(run_triton("column_fold_", d)[0], run_columns("column_fold_", d, reference)[0])
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_fold_of_rank_zero_copies_the_base_bitwise(dtype):
     d = make((1, 90, 77, 32, 0), dtype, run=16)
@@ -178,7 +187,7 @@ def test_fold_of_rank_zero_copies_the_base_bitwise(dtype):
     assert torch.equal(weight[:, d.cols].view(as_bits), d.base.view(as_bits))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run", RUNS)
 def test_runs_match_single_columns_bitwise(name, run):
@@ -186,7 +195,7 @@ def test_runs_match_single_columns_bitwise(name, run):
     assert all(map(torch.equal, run_triton(name, d), run_triton(name, replace(d, run=1))))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize(
     "name, change, message",
     (
@@ -205,7 +214,7 @@ def test_bad_column_arguments_are_refused(name, change, message):
         run_triton(name, replace(d, **change(d)))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize(
     "name, target, width", (("column_linear_", "y", 77), ("column_scatter_", "dx", 90), ("column_fold_", "weight", 90))
 )
@@ -219,7 +228,7 @@ def test_an_expanded_target_is_refused(name, target, width):
 # ---- the ops of stacked experts ----
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -261,7 +270,7 @@ def test_experts_match_fp64(name, dtype, shape, shares):
         )
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", (3, 0))
 @pytest.mark.parametrize("is_transposed", (False, True))
@@ -276,7 +285,7 @@ def test_grouped_fold_matches_the_reference_bitwise(dtype, k, is_transposed):
     assert torch.equal(folded.cpu(), expected)
 
 
-@here
+@needs_device
 def test_experts_without_rows_have_a_gradient_of_zero():
     d = make((0, 90, 77, 33, 2), torch.float32)
     A, B, ends = d.A.expand(3, -1, -1), d.B.expand(3, -1, -1), torch.zeros(3, dtype=torch.int64)
@@ -284,7 +293,7 @@ def test_experts_without_rows_have_a_gradient_of_zero():
     assert not any(grad.any() for grad in grouped_columns.grouped_column_grad(*given, 0.5))
 
 
-@here
+@needs_device
 def test_bad_expert_arguments_are_refused():
     d, ends = make((8, 90, 77, 33, 2), torch.float32), torch.tensor([3, 8])
     A, B = d.A.expand(2, -1, -1), d.B.expand(2, -1, -1)
@@ -313,7 +322,7 @@ def test_bad_expert_arguments_are_refused():
 # ---- memory ----
 
 
-@here
+@needs_device
 @pytest.mark.skipif(not INTERPRETED, reason="needs inaccessible pages of the host")
 @pytest.mark.parametrize("fenced", (fenced_at_end, fenced_at_start))
 @pytest.mark.parametrize("name", (*OPS, *GROUPED, *KINDS))
@@ -338,13 +347,13 @@ def test_no_memory_outside_the_tensors_is_touched(name, fenced):
 # ---- divergence_rows_ ----
 
 
-@here
+@needs_device
 @covering(3, kind=TAUGHT, beta=BETAS, size=SIZES, gap=(3.0, 0.001), head=(False, True))
 def test_rows_with_a_teacher_match_fp64(kind, beta, size, gap, head):
     assert_close_to_fp64(make_rows(kind, *size, gap=gap, head=head, beta=beta), OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("kind", TAUGHT)
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradient_error_near_the_teacher(kind, beta):
@@ -356,21 +365,21 @@ def test_gradient_error_near_the_teacher(kind, beta):
     assert share <= 0.003, f"the gradient is {100 * share:.3g}% off"
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("size", ((1, 1), (37, 50), (3001, 2700)))
 @pytest.mark.parametrize("head", (False, True))
 def test_text_rows_match_fp64(size, head):
     assert_close_to_fp64(make_rows("text", *size, head=head), OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_with_a_single_option_matches_fp64(kind, part):
     assert_close_to_fp64(make_with_part_of_a_head(kind, part), OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("pair", [with_factors, without_values])
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_match_values_multiplied_by_them_bitwise(kind, pair):
@@ -384,7 +393,7 @@ def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
     assert torch.equal(ours, expected), message + f"of {float(expected.abs().max()):.3g}"
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_in_place_of_the_logits(kind, dtype):
@@ -410,7 +419,7 @@ def test_gradient_in_place_of_the_logits(kind, dtype):
         torch.testing.assert_close(one, other, rtol=0 if INTERPRETED else 16 * EPS32, atol=0)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("kind", TAUGHT)
 def test_extreme_logits(kind, beta):
@@ -419,13 +428,13 @@ def test_extreme_logits(kind, beta):
     assert all(bool(result.isfinite().all()) for result in rows.run(OnDevice))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", BETAS)
 def test_low_temperature_matches_fp64(beta):
     assert_close_to_fp64(cold(beta), OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", (0.0, 0.3))
 def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
     for kind in TAUGHT:
@@ -433,39 +442,39 @@ def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
     assert_masked(masked(beta).run(OnDevice))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", BETAS)
 def test_probabilities_that_do_not_add_up_to_1_are_scaled(beta):
     assert_close_to_fp64(over_one(beta), OnDevice)
     assert_close_to_fp64(below_one_without_a_tail(beta), OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", BETAS)
 def test_divergence_of_equal_distributions_is_not_negative(beta):
     for V in (2, 3, 8, 50):
         assert bool((make_rows("top-k", V, gap=0.0, k=2, beta=beta).run(OnDevice)[0] >= 0).all())
 
 
-@here
+@needs_device
 def test_a_masked_label_without_a_weight_leaves_the_loss_finite():
     for kind in KINDS:
         divergence, _, loss, dz = masked_label(kind).run(OnDevice)
         assert all(bool(x.isfinite().all()) for x in (divergence, loss, dz))
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_tail_of_only_minus_inf_has_no_gradient(beta):
     assert_no_tail(OnDevice, beta)
 
 
-@here
+@needs_device
 def test_reverse_kl_floors_a_teacher_of_zero():
     assert_reverse_kl_floors_a_teacher_of_zero(OnDevice)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("student_tail", (1e-9, 1e-30))
 def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
     rows = tiny_tail(student_tail)
@@ -473,7 +482,7 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
     assert_tail(rows.run(OnDevice)[-1])
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_is_not_hidden(kind):
     rows = make_rows(kind, 50, 50)
@@ -483,7 +492,7 @@ def test_nan_is_not_hidden(kind):
     assert kind == "text" or bool(divergence[0].isnan())
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("V_teacher", (50, 40))
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_teacher_row_of_only_minus_inf_is_nan(beta, V_teacher):
@@ -494,7 +503,7 @@ def test_a_teacher_row_of_only_minus_inf_is_nan(beta, V_teacher):
         torch.testing.assert_close(ours.double(), exact, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("wrong", (50, -2, 1 << 40))
 def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
     others = [0, 1, *range(3, 9)]
@@ -510,7 +519,7 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
         assert bool(ce[2].isnan()) and not ce[others].isnan().any()
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_than_one_program_handles(kind, monkeypatch):
     monkeypatch.setattr(divergence_rows, "BLOCK_ROWS", 4)  # of nine rows
@@ -519,13 +528,13 @@ def test_more_rows_than_one_program_handles(kind, monkeypatch):
     torch.testing.assert_close(loss, rows.kl_weight * rows.temperature**2 * divergence + rows.ce_weight * ce)
 
 
-@here
+@needs_device
 def test_no_rows_and_no_support():
     assert_no_rows(no_rows().run(OnDevice))
     assert_close_to_fp64(make_rows("top-k", 37, k=0), OnDevice)
 
 
-@here
+@needs_device
 def test_bad_row_arguments_are_refused():
     rows = make_rows("top-k")
     for change, message in (
@@ -563,7 +572,7 @@ def test_the_registry_compiles_without_graph_breaks(name):
 # ---- scaled_ ----
 
 
-@here
+@needs_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("shape", ((1,), (3, 7), (100, 300), (0, 4)))

@@ -22,7 +22,7 @@ def rows(width=16):
     return torch.randn(5, width, generator=torch.Generator().manual_seed(3))
 
 
-def on(model, **options):
+def attach_full(model, **options):
     return attach(model, **{"density": 1.0, "rank": 1, "support": 16} | options)
 
 

@@ -14,7 +14,7 @@ from rbfast.ops import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-here = pytest.mark.skipif(
+needs_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="no GPU here: test_everything_under_the_interpreter runs this on the CPU",
 )
