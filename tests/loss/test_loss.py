@@ -110,7 +110,7 @@ def test_log_probs_already_at_the_temperature_are_used_unchanged(isa, beta, gap,
     )
     assert out.loss.item() == pytest.approx(truth.item(), rel=1e-3) and (out.divergence >= 0).all()
     for ours, theirs in zip(torch.autograd.grad(out.loss, (case.hidden, case.weight)), expected, strict=True):
-        assert relative_error(ours, theirs) < 4e-3  # dz and what is returned are rounded to bf16
+        assert relative_error(ours, theirs) < 4e-3  # dz and the gradients are rounded to bf16
     wrong = DistillLoss(beta)(case.hidden, case.weight, case.labels, TopK(ids, log_p.float()), temperature=tau)
     assert abs(wrong.divergence.sum().item() - d.sum().item()) > 0.1 * d.sum().item()
 

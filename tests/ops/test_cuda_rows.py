@@ -99,7 +99,7 @@ def assert_close_to_fp64(gpu: Gpu, rows: Rows) -> None:
 
 
 def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0, behind: int = 0) -> tuple[Tensor, ...]:
-    """With dz over the logits, as the loss does it; `ahead` floats lie before all rows and `behind` after each."""
+    """Runs with dz over the logits, as the loss does. `ahead` floats lie before all rows, `behind` after each."""
     T, V = rows.logits.shape
     room = torch.full((ahead + T * (V + behind),), 7.0, device=gpu.device)
     lines = room[ahead:].view(T, V + behind)

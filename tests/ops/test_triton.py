@@ -79,8 +79,8 @@ def test_everything_under_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, ROUNDING],
         cwd=ROOT,
-        # One thread: the blocks are small, and threads that wait for each other cost more than they give.
-        # NumPy multiplies for the interpreter, in an order that OpenBLAS chooses by the CPU: here the same on all.
+        # One thread: the blocks are small, and several threads would lose more by waiting than they gain.
+        # The interpreter multiplies with NumPy, in an order that OpenBLAS chooses by CPU. This fixes the order.
         env=os.environ
         | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         | {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"},

@@ -1,4 +1,4 @@
-"""Every Triton kernel, in the specialisations that the ops launch, compiled for four GPUs without one.
+"""Every Triton kernel, in the specialisations that the ops launch, compiled for four GPUs without having them.
 
 Launches are recorded, not made: the ops are called with tensors without memory.
 """
@@ -73,7 +73,7 @@ def column_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
 
 
 def expert_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
-    """Of Qwen3-30B-A3B's gate_up_proj: 4,096 tokens with 8 of 128 experts each."""
+    """For the gate_up_proj of Qwen3-30B-A3B: 4,096 tokens with 8 of 128 experts each."""
     S, E, features, out, s = 32768, 128, 2048, 1536, 256
     x, xs, dy = empty(S, features, dtype=dtype), empty(S, s, dtype=dtype), empty(S, out, dtype=dtype)
     A, B = empty(E, k, s), empty(E, out, k)
