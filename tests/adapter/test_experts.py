@@ -77,7 +77,9 @@ def test_column_scores_sum_over_experts(name, method):
         expected = grad.square().sum((0, 1))
         assert (scores.columns[key] - expected).norm() <= 64 * EPS * expected.norm()
     placed = SparseAdapter.attach(model, density=0.05, placement=scores)
-    assert placed.config.modules[key].score is not None and (loss_of(model).backward() or True)
+    assert placed.config.modules[key].score is not None
+    loss_of(model).backward()
+    assert placed.sites()[key].B.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", ["factored", "activation"])
@@ -302,4 +304,3 @@ def test_stacks_add_no_modules_or_keys_to_the_model():
     attach(model)
     assert list(model.state_dict()) == keys and len(list(model.modules())) == modules
     assert not any(isinstance(module, ExpertStack) for module in model.modules())
-    assert isinstance(model, nn.Module)

@@ -19,7 +19,6 @@ from rbfast.data.trace import Trace, TraceError
 
 TRACE = Trace("What is 2 + 3?", "First I add.\nSo 2 + 3 = 5. Is it? Yes.", "5", plan="Add, then check.")
 THOUGHT = "Add, then check.\n\nFirst I add.\nSo 2 + 3 = 5. Is it? Yes."
-SHOWN = [name for name, case in CASES.items() if case.thought]
 COMPOSED = {
     "r1-distill": f"{THOUGHT}\n</think>\n\n\\boxed{{5}}",
     "deepseek-v3.1": f"{THOUGHT}</think>\\boxed{{5}}",
