@@ -1,4 +1,4 @@
-"""Batches by tokens: every trace in one of them, none too full, well filled, and the same again."""
+"""Batches limited by tokens: complete, within the limit, well filled, reproducible."""
 
 from itertools import chain
 
@@ -22,7 +22,7 @@ def sizes(batches):
     return [sum(len(example.input_ids) for example in batch) for batch in batches]
 
 
-def test_every_trace_is_in_one_batch_and_no_batch_is_too_full():
+def test_every_trace_is_in_one_batch_within_the_limit():
     lengths = np.random.default_rng(0).integers(50, 1000, 500)
     batches = batches_by_tokens(some_examples(lengths), 4096, seed=0)
     assert sorted(chain.from_iterable(ids(batches))) == sorted(map(str, range(500)))
@@ -30,22 +30,22 @@ def test_every_trace_is_in_one_batch_and_no_batch_is_too_full():
     assert sum(lengths) / (4096 * len(batches)) > 0.93
 
 
-def test_a_batch_may_be_full():
+def test_batch_may_be_exactly_full():
     assert sizes(batches_by_tokens(some_examples([60, 40]), 100, seed=0)) == [100]
 
 
-def test_a_longer_trace_is_alone_in_its_batch():
+def test_trace_over_the_limit_gets_its_own_batch():
     batches = batches_by_tokens(some_examples([10, 500, 10, 300, 10]), 100, seed=0)
     assert sorted(sizes(batches)) == [30, 300, 500]
 
 
-def test_the_seed_alone_decides():
+def test_seed_alone_decides_the_batches():
     examples = some_examples(np.random.default_rng(0).integers(50, 1000, 100))
     first, again, other = (ids(batches_by_tokens(examples, 4096, seed)) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_items_are_packed_whether_they_are_examples_or_batches():
+def test_examples_and_batches_collate_alike():
     examples = some_examples([3, 2, 4])
     rows = [collate_items(items) for items in (examples, [examples[:2], examples[2:]])]
     assert rows[0]["lengths"] == rows[1]["lengths"] == [3, 2, 4]
@@ -53,6 +53,6 @@ def test_items_are_packed_whether_they_are_examples_or_batches():
 
 
 @pytest.mark.parametrize("tokens", [1, 10**9])
-def test_the_ends(tokens):
+def test_extreme_token_limits(tokens):
     batches = batches_by_tokens(some_examples([5, 6, 7]), tokens, seed=0)
     assert len(batches) == (3 if tokens == 1 else 1)

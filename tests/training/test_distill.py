@@ -1,4 +1,4 @@
-"""A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
+"""A run from traces to adapter: exact resumption, refused settings, schedules, checkpoints and trackers."""
 
 import json
 import math
@@ -33,23 +33,21 @@ from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.files import lock_folder
 
-ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
+SLOW_PLACEMENTS = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
 
 
-@pytest.mark.parametrize("placement", ["gradient", *ELSEWHERE])
-def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
+@pytest.mark.parametrize("placement", ["gradient", *SLOW_PLACEMENTS])
+def test_interrupted_run_resumes_bitwise(tmp_path, monkeypatch, placement):
     whole = run(tmp_path / "whole", monkeypatch, placement=placement)
     for cut in (1, 5):  # before the first checkpoint, and once both A and B have moments
         with pytest.raises(RuntimeError, match="power cut"):
             run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
-    found = run(tmp_path / "cut", monkeypatch, placement=placement, save_steps=3)  # how often may change
-    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    resumed = run(tmp_path / "cut", monkeypatch, placement=placement, save_steps=3)  # save_steps may change
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("mode", [False, True])
-def test_a_run_that_is_interrupted_leaves_the_model_as_it_came_and_the_same_call_resumes_it(
-    tmp_path, monkeypatch, mode
-):
+def test_interrupted_run_restores_the_model_and_resumes(tmp_path, monkeypatch, mode):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -67,7 +65,7 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_came_and_the_same_call
     assert [module.training for module in model.modules()] == modes
 
 
-def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_path, monkeypatch):
+def test_only_an_unfinished_run_requires_its_dtype(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, monkeypatch, cut_at=3)
     with pytest.raises(ValueError, match="its dtype is 'float32', now 'bfloat16'"):
@@ -76,7 +74,7 @@ def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_p
     assert same_bits(run(tmp_path, monkeypatch, model=student().bfloat16()), trained)
 
 
-def test_a_run_resumes_however_the_folder_of_its_base_is_written(tmp_path, monkeypatch):
+def test_run_resumes_for_any_spelling_of_its_base_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = student()
     for name in ("base", "base/", str(tmp_path / "base")):
@@ -88,16 +86,16 @@ def test_a_run_resumes_however_the_folder_of_its_base_is_written(tmp_path, monke
         run("cut", monkeypatch, model=model)
 
 
-def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
+def test_run_continues_from_another_adapter(tmp_path, monkeypatch):
     run(tmp_path / "first", monkeypatch)
-    began, model = tmp_path / "first", student()
-    first = SparseAdapter.from_pretrained(model, began)
+    start, model = tmp_path / "first", student()
+    first = SparseAdapter.from_pretrained(model, start)
     examples, _ = encode_all(TRACES, TOKENIZER)
     expected = trace_loss(model, examples, 4)["mean"]
     first.detach()
-    whole = run(tmp_path / "whole", monkeypatch, adapter=began, learning_rate=1e-9)
+    whole = run(tmp_path / "whole", monkeypatch, adapter=start, learning_rate=1e-9)
     assert all(torch.allclose(whole[name], value, atol=1e-6) for name, value in first.state_dict().items())
-    whole = run(tmp_path / "second", monkeypatch, adapter=began)
+    whole = run(tmp_path / "second", monkeypatch, adapter=start)
     assert {name for name, value in first.state_dict().items() if torch.equal(whole[name], value)} == {
         name for name in whole if name.endswith("cols")
     }
@@ -105,16 +103,16 @@ def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
     assert trace_loss(model, examples, 4)["mean"] < expected
     trained.detach()
     with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "cut", monkeypatch, cut_at=5, adapter=began)
+        run(tmp_path / "cut", monkeypatch, cut_at=5, adapter=start)
     with pytest.raises(ValueError, match=r"its adapter is '[0-9a-f]+', now None"):
         run(tmp_path / "cut", monkeypatch)
     with pytest.raises(ValueError, match=r"its adapter is '[0-9a-f]+', now '[0-9a-f]+'"):
         run(tmp_path / "cut", monkeypatch, adapter=tmp_path / "second")
-    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)
-    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)  # a finished one is found
+    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=start), whole)
+    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=start), whole)  # the finished run is loaded
 
 
-def test_a_run_that_could_not_begin_leaves_its_folder_to_other_settings(tmp_path, monkeypatch):
+def test_failed_start_leaves_the_folder_to_other_settings(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="raise density"):
         run(tmp_path, monkeypatch, density=1e-4)
     model = student()
@@ -127,21 +125,21 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_other_settings(tmp_path
         run(tmp_path, monkeypatch, density=0.1)
 
 
-def test_a_student_that_is_trained_again_is_asked_as_before(tmp_path, monkeypatch):
+def test_retrained_student_keeps_its_instruction(tmp_path, monkeypatch):
     def asked(folder):
         return json.loads((tmp_path / folder / "prompt.json").read_text())["instruction"]
 
     run(tmp_path / "first", monkeypatch, instruction="Reply shortly.")
     run(tmp_path / "second", monkeypatch, adapter=tmp_path / "first")
     model = student()
-    model.config._name_or_path = str(tmp_path / "first")  # as the folder of a merged model, which has a prompt.json too
+    model.config._name_or_path = str(tmp_path / "first")  # like a merged model, which has a prompt.json too
     run(tmp_path / "merged", monkeypatch, model=model)
     run(tmp_path / "other", monkeypatch, adapter=tmp_path / "first", instruction="none")
     assert [asked(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
 
 
 @pytest.mark.parametrize("placement", ["random", "gradient"])
-def test_a_run_trains_the_layers_that_are_named_and_goes_on_with_them(tmp_path, monkeypatch, placement):
+def test_run_trains_the_named_layers_and_resumes(tmp_path, monkeypatch, placement):
     settings = {"targets": ("q_proj", "v_proj"), "density": 0.05, "placement": placement}
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, monkeypatch, cut_at=5, **settings)
@@ -155,15 +153,15 @@ SHAPES = [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"targets": ["q_proj"
 
 
 @pytest.mark.parametrize("setting", SHAPES)
-def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
+def test_shape_settings_are_refused_with_an_existing_adapter(tmp_path, monkeypatch, setting):
     [name] = setting
-    for ask in (run, lambda *args, **settings: planned(**settings)):
+    for start in (run, lambda *args, **settings: planned(**settings)):
         with pytest.raises(ValueError, match=f"{name} is for a new adapter, but the one in first has its own"):
-            ask(tmp_path / "second", monkeypatch, adapter="first", **setting)
+            start(tmp_path / "second", monkeypatch, adapter="first", **setting)
     assert not (tmp_path / "second").exists()
 
 
-def test_a_run_does_not_replace_the_adapter_that_it_goes_on_with(tmp_path, monkeypatch):
+def test_run_may_not_replace_its_starting_adapter(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds the adapter to continue from, which the run would replace"):
         run(tmp_path / "first", monkeypatch, adapter=tmp_path / "second" / ".." / "first")
 
@@ -180,29 +178,29 @@ def test_columns_are_scored_by_the_mean_of_each_role():
         torch.testing.assert_close(twice[name], scores)
 
 
-def test_the_scores_of_activations_are_those_of_the_traces_alone():
+def test_activation_scores_cover_only_the_traces():
     examples, _ = encode_all(TRACES[:2], TOKENIZER)
-    fresh, tried = student(), student()
-    packs(tried)  # it runs two examples of its own, once
-    found = [placement_scores(model, examples, DistillConfig(), "activation").columns for model in (fresh, tried)]
-    assert same_bits(*found)
+    fresh, probed = student(), student()
+    packs(probed)  # runs two examples of its own, once
+    scores = [placement_scores(model, examples, DistillConfig(), "activation").columns for model in (fresh, probed)]
+    assert same_bits(*scores)
 
 
-def test_the_loss_of_traces_is_measured_in_evaluation_mode():
+def test_trace_loss_uses_evaluation_mode():
     model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, attention_dropout=0.5)
     examples, _ = encode_all(TRACES[:4], TOKENIZER)
     expected = trace_loss(model.eval(), examples)
     assert trace_loss(model.train(), examples) == expected and model.training
 
 
-def test_a_default_device_leaves_the_loss_of_traces_as_it_is():
+def test_trace_loss_ignores_the_default_device():
     model, (examples, _) = student().bfloat16(), encode_all(TRACES[:3], TOKENIZER)
     expected = trace_loss(model, examples)
     with torch.device("meta"):  # stands for a GPU
         assert trace_loss(model, examples) == expected
 
 
-def test_a_cut_run_of_batches_of_tokens_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_interrupted_run_with_token_batches_resumes_bitwise(tmp_path, monkeypatch):
     settings = dict(tokens_per_batch=400, accumulation=2, epochs=2)
     whole = run(tmp_path / "whole", monkeypatch, **settings)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -211,12 +209,12 @@ def test_a_cut_run_of_batches_of_tokens_goes_on_to_the_same_bits(tmp_path, monke
         run(tmp_path / "cut", monkeypatch, **settings | {"accumulation": 1})
     with pytest.raises(ValueError, match="its tokens_per_batch is 400, now 800"):
         run(tmp_path / "cut", monkeypatch, tokens_per_batch=800, epochs=2)
-    found = run(tmp_path / "cut", monkeypatch, **settings)
-    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    resumed = run(tmp_path / "cut", monkeypatch, **settings)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("placement", ["gradient", "random"])
-def test_layers_that_run_again_train_to_the_same_bits(tmp_path, monkeypatch, placement):
+def test_gradient_checkpointing_matches_plain_training_bitwise(tmp_path, monkeypatch, placement):
     runs = []
     monkeypatch.setattr(LlamaMLP, "forward", counting(LlamaMLP.forward, runs))
     kept = run(tmp_path / "kept", monkeypatch, placement=placement)
@@ -259,7 +257,7 @@ NAN = float("nan")
         ("schedule", ("step",)),
     ],
 )
-def test_settings_that_make_no_run_are_refused(name, values):
+def test_invalid_settings_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
             DistillConfig(**{name: value})
@@ -276,39 +274,39 @@ def test_settings_that_make_no_run_are_refused(name, values):
         (Objective, "beta", "0.5", "a number"),
     ],
 )
-def test_what_is_no_number_is_named(kind, name, value, words):
+def test_non_numeric_settings_are_refused(kind, name, value, words):
     with pytest.raises(TypeError, match=rf"^{name} must be {words}, got {re.escape(repr(value))}$"):
         kind(**{name: value})
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     config = DistillConfig(seed=np.int64(3), learning_rate=np.float32(0.5), objective=Objective(beta=np.float64(0.5)))
     assert json.loads(json.dumps(asdict(config))) == asdict(
         DistillConfig(seed=3, learning_rate=0.5, objective=Objective(beta=0.5))
     )
 
 
-def test_the_bar_keeps_the_losses_of_the_last_step():
+def test_bar_keeps_the_losses_of_the_last_step():
     bar, state = TrainingBar(quiet=True), TrainerState(global_step=3, max_steps=3)
     bar.on_train_begin(None, state, None)
     bar.on_log(None, state, None, logs={"loss": 2.0, "loss_answer": 1.5})
-    bar.on_log(None, state, None, logs={"train_runtime": 1.0})  # as a Trainer ends
+    bar.on_log(None, state, None, logs={"train_runtime": 1.0})  # logged as a Trainer ends
     bar.close()
     assert bar.bar.tasks[0].description == "answer 1.500"
 
 
-def test_a_resumed_run_says_where(capsys):
-    for step, said in ((0, ""), (4, "resuming at step 4 of 6\n")):
+def test_resumed_run_reports_its_step(capsys):
+    for step, message in ((0, ""), (4, "resuming at step 4 of 6\n")):
         callback = TrainingBar(quiet=False)
         callback.bar.start = lambda: None
         callback.on_train_begin(None, TrainerState(global_step=step, max_steps=6), None)
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err == message
     TrainingBar(quiet=True).on_train_begin(None, TrainerState(global_step=4, max_steps=6), None)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
-def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp_path, model_type):
+def test_trace_beyond_the_position_table_is_refused(tmp_path, model_type):
     longest = max(len(example.input_ids) for example in encode_all(TRACES, TOKENIZER)[0])
     sizes = dict(vocab_size=len(TOKENIZER), hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
     sizes |= dict(ffn_dim=32, word_embed_proj_dim=24) if model_type == "opt" else {}
@@ -323,49 +321,49 @@ def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp
 
 
 @pytest.mark.parametrize("rope_type", ["default", "yarn"])
-def test_traces_longer_than_the_model_was_made_for_are_warned_of(rope_type, recwarn):
+def test_traces_beyond_the_trained_context_warn(rope_type, recwarn):
     rope = {"rope_type": rope_type, "rope_theta": 1e4} | ({"factor": 4.0} if rope_type == "yarn" else {})
     model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=95, rope_parameters=rope)
     plan_run(model, TOKENIZER, TRACES, DistillConfig(density=0.2))
-    said = [str(w.message) for w in recwarn if "positions" in str(w.message)]
-    assert len(said) == (rope_type == "default")
-    assert all("1 of 24 traces are longer than the 95 positions" in message for message in said)
+    warned = [str(w.message) for w in recwarn if "positions" in str(w.message)]
+    assert len(warned) == (rope_type == "default")
+    assert all("1 of 24 traces are longer than the 95 positions" in message for message in warned)
 
 
-def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
-    theirs = tmp_path / "checkpoints" / "llama" / "model.safetensors"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("theirs")
-    for _ in range(2):  # trained, and found
+def test_foreign_files_among_the_checkpoints_stay(tmp_path, monkeypatch):
+    foreign = tmp_path / "checkpoints" / "llama" / "model.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("theirs")
+    for _ in range(2):  # trained, then loaded
         run(tmp_path, monkeypatch)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["llama"]
-        assert theirs.read_text() == "theirs"
+        assert foreign.read_text() == "theirs"
 
 
-def test_a_run_that_was_killed_while_it_removed_its_last_checkpoint_is_found(tmp_path, monkeypatch):
+def test_run_killed_while_removing_its_last_checkpoint_is_complete(tmp_path, monkeypatch):
     whole = run(tmp_path, monkeypatch)
-    left = tmp_path / "checkpoints" / "checkpoint-6"
-    left.mkdir(parents=True)
-    (left / "optimizer.pt").write_bytes(b"")
-    assert same_bits(run(tmp_path, monkeypatch), whole) and not left.exists()
+    leftover = tmp_path / "checkpoints" / "checkpoint-6"
+    leftover.mkdir(parents=True)
+    (leftover / "optimizer.pt").write_bytes(b"")
+    assert same_bits(run(tmp_path, monkeypatch), whole) and not leftover.exists()
 
 
-def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_path, monkeypatch):
+def test_single_process_saves_despite_a_stale_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run(tmp_path, monkeypatch)
     assert SparseAdapter.from_pretrained(student(), tmp_path).sites()
 
 
 @pytest.mark.parametrize("traces", ["pool.jsonl", Path("pool.jsonl"), [TRACES[0], TRACES[1].to_dict()]])
-def test_traces_that_were_not_read_are_refused_with_the_way_to_read_them(tmp_path, traces):
+def test_unread_traces_are_refused_with_a_hint(tmp_path, traces):
     with pytest.raises(TypeError, match=r"expected a list of Trace, got (str|PosixPath|dict).*: read_traces\(FILE\)"):
         distill(student(), TOKENIZER, traces, tmp_path)
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_path, monkeypatch):
+def test_full_disk_is_refused_before_training(tmp_path, monkeypatch):
     run(tmp_path / "first", monkeypatch)
     values = sum(value.numel() for value in SparseAdapter.from_pretrained(student(), tmp_path / "first").parameters())
-    for free in (39 * values, 41 * values):  # three checkpoints of 12 bytes a value, the adapter
+    for free in (39 * values, 41 * values):  # needed: three checkpoints of 12 bytes a value, and the adapter
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         model = student()
         if free < 40 * values:
@@ -380,14 +378,14 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_pa
             run(tmp_path / "cut", monkeypatch, cut_at=5)
 
 
-def test_a_folder_into_which_another_run_writes_is_refused(tmp_path, monkeypatch):
+def test_folder_in_use_by_another_run_is_refused(tmp_path, monkeypatch):
     model = student()
     with lock_folder(tmp_path), pytest.raises(ValueError, match="another process is using"):
         run(tmp_path, monkeypatch, model=model)
     run(tmp_path, monkeypatch, model=model)
 
 
-def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
+def test_model_folder_is_refused_as_output(tmp_path, monkeypatch):
     student().save_pretrained(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"holds a model.*name another folder"):
@@ -395,7 +393,7 @@ def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
+def test_interrupted_run_stops_its_progress_bar(tmp_path, monkeypatch):
     bars = []
 
     def interrupt(*args, **kwargs):
@@ -420,14 +418,14 @@ def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
         ("answer_temperature", (0.0, float("inf"))),
     ],
 )
-def test_objectives_that_are_none_are_refused(name, values):
+def test_invalid_objectives_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"({name}|role weights) must be .*, got .*{re.escape(repr(value))}"):
             Objective(**{name: value})
 
 
-def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
-    """Fused Adam pairs values and moments by their place in memory: moments of another layout would be scrambled."""
+def test_placed_parameters_are_contiguous(tmp_path):
+    """Fused Adam pairs values and moments by their address: moments in another layout would be scrambled."""
     model = llama(vocab_size=61)
     ids = torch.arange(22).view(2, 11)
     scores = score_columns(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
@@ -435,31 +433,32 @@ def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
     assert all(parameter.is_contiguous() for parameter in adapter.parameters())
 
 
-def test_a_run_of_one_step_trains(tmp_path):
+def test_one_step_run_trains(tmp_path):
     config = DistillConfig(density=0.2, rank=3, batch_size=4, placement="random")
-    found = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
-    assert len(found.log_history) == 1
-    assert any(bool(site.B.any()) for site in found.adapter.sites().values())
+    trained = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
+    assert len(trained.log_history) == 1
+    assert any(bool(site.B.any()) for site in trained.adapter.sites().values())
 
 
-def rates_of(folder, monkeypatch, **settings):
+def learning_rates(folder, monkeypatch, **settings):
     run(folder, monkeypatch, learning_rate=1.0, **settings)
     return [entry["learning_rate"] for entry in json.loads((folder / "log.json").read_text())]
 
 
-def test_the_learning_rate_goes_by_the_schedule_over_all_optimizer_steps(tmp_path, monkeypatch):
+def test_learning_rate_follows_the_schedule(tmp_path, monkeypatch):
     two_epochs = dict(accumulation=2, epochs=2, warmup=0.3)  # 6 steps, 2 of them warm up
-    found = {name: rates_of(tmp_path / name, monkeypatch, schedule=name, **two_epochs) for name in SCHEDULES}
-    assert found["linear"] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
-    assert found["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1])
-    assert found["cosine"] == pytest.approx([0, 0.5, *((1 + math.cos(math.pi * n / 4)) / 2 for n in range(4))])
+    rates = {name: learning_rates(tmp_path / name, monkeypatch, schedule=name, **two_epochs) for name in SCHEDULES}
+    assert rates["linear"] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert rates["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1])
+    assert rates["cosine"] == pytest.approx([0, 0.5, *((1 + math.cos(math.pi * n / 4)) / 2 for n in range(4))])
 
 
-def test_a_warmup_of_one_step_which_would_learn_nothing_is_skipped(tmp_path, monkeypatch):
-    assert rates_of(tmp_path, monkeypatch, accumulation=3, warmup=0.5, save_steps=1) == [1, 0.5]
+def test_one_step_warmup_is_skipped(tmp_path, monkeypatch):
+    # Its learning rate would be 0.
+    assert learning_rates(tmp_path, monkeypatch, accumulation=3, warmup=0.5, save_steps=1) == [1, 0.5]
 
 
-def test_the_seed_chooses_the_columns_and_what_is_held_out(tmp_path, monkeypatch):
+def test_seed_chooses_columns_and_held_out_traces(tmp_path, monkeypatch):
     columns, held_out = [], []
     for folder, seed in ((tmp_path / "0", 0), (tmp_path / "1", 1)):
         run(folder, monkeypatch, seed=seed, held_out=0.2, support=4)
@@ -468,7 +467,7 @@ def test_the_seed_chooses_the_columns_and_what_is_held_out(tmp_path, monkeypatch
     assert columns[0] != columns[1] and held_out[0] != held_out[1]
 
 
-def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
+def test_resuming_with_other_traces_is_refused(tmp_path, monkeypatch):
     run(tmp_path, monkeypatch)
     for traces in (TRACES[::-1], [*TRACES[:-1], replace(TRACES[-1], reasoning="Count on.")]):
         monkeypatch.setattr("tiny_runs.TRACES", traces)
@@ -477,7 +476,7 @@ def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "error"),
     [
         ({"save_steps": 7, "gradient_checkpointing": True}, None),
         ({"batch_size": 2, "accumulation": 4}, None),
@@ -489,17 +488,17 @@ def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_cut_run_goes_on_with_the_settings_that_count_alone(tmp_path, changes, named):
+def test_resuming_refuses_only_settings_that_change_the_result(tmp_path, changes, error):
     first, now = (asdict(DistillConfig(**settings)) for settings in ({}, changes))
     (tmp_path / RUN).write_text(json.dumps(run_settings(student(), first)))
     settings = run_settings(student(), now)
-    if named is None:
+    if error is None:
         return check_same_run(tmp_path, settings)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=error):
         check_same_run(tmp_path, settings)
 
 
-def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):
+def test_losses_reach_the_named_trackers(tmp_path, monkeypatch):
     sent = []
 
     class Tracker(TrainerCallback):
@@ -514,7 +513,7 @@ def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):
     assert losses == [entry["loss_tactical"] for entry in json.loads((tmp_path / "second" / "log.json").read_text())]
 
 
-def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypatch):
+def test_unavailable_tracker_is_refused_before_training(tmp_path, monkeypatch):
     class Missing(TrainerCallback):
         def __init__(self):
             raise RuntimeError("needs the package theirs: pip install theirs")
@@ -527,7 +526,7 @@ def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_ends_at_the_first_gradient_that_is_not_finite(tmp_path, monkeypatch):
+def test_run_stops_at_the_first_non_finite_gradient(tmp_path, monkeypatch):
     compute, steps = DistillTrainer.compute_loss, []
 
     def overflow(self, *args, **kwargs):
@@ -540,7 +539,7 @@ def test_a_run_ends_at_the_first_gradient_that_is_not_finite(tmp_path, monkeypat
     assert steps == [0, 1, 2]
 
 
-def test_two_threads_do_not_train_at_a_time(tmp_path, monkeypatch):
+def test_second_training_thread_is_refused(tmp_path, monkeypatch):
     model = student()
     with ThreadPoolExecutor(1) as other_thread, sole_training():
         running = other_thread.submit(run, tmp_path, monkeypatch, model=model)

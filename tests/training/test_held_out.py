@@ -1,4 +1,4 @@
-"""The loss of traces that a run does not train on: measured on the way, and what a run may end with."""
+"""The loss of held-out traces: how it is measured during training, and the choice of the best adapter."""
 
 import json
 import warnings
@@ -30,7 +30,7 @@ def measured(log):
     return [entry for entry in log if "eval_loss" in entry]
 
 
-def test_a_share_holds_out_all_traces_of_a_problem():
+def test_share_holds_out_all_traces_of_a_problem():
     traces = [Trace(f"Problem {n} ", f"Solve {m}.", "1") for m in range(3) for n in range(10)]
     traces += [Trace(f"Problem  {n}", "Solve again.", "1") for n in range(10)]
     trained, held_out = split_held_out(traces, 0.2, seed=1)
@@ -46,7 +46,7 @@ def test_a_share_holds_out_all_traces_of_a_problem():
 
 
 @pytest.mark.parametrize(
-    ("held_out", "said"),
+    ("held_out", "error"),
     [
         (0.0, r"above 0 and below 1.*got 0\.0 of 24"),
         (1.0, "above 0 and below 1"),
@@ -56,18 +56,18 @@ def test_a_share_holds_out_all_traces_of_a_problem():
         ([], "expected traces to measure"),
     ],
 )
-def test_what_parts_no_traces_is_refused(tmp_path, held_out, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_held_out_is_refused(tmp_path, held_out, error):
+    with pytest.raises(ValueError, match=error):
         distill(student(), TOKENIZER, TRACES, tmp_path / "run", held_out=held_out)
     assert not (tmp_path / "run").exists()
 
 
-def test_one_problem_cannot_be_parted():
+def test_single_problem_cannot_be_split():
     with pytest.raises(ValueError, match=r"at least 2 problems; got 0\.5 of 1"):
         split_held_out([TRACES[0]] * 3, 0.5, seed=0)
 
 
-def test_traces_of_problems_that_are_trained_on_are_named():
+def test_held_out_problems_that_are_trained_on_warn():
     with pytest.warns(UserWarning, match="2 of 7 held-out traces have a problem that is trained on"):
         assert split_held_out(TRACES, OTHERS + TRACES[:2], seed=0) == (TRACES, OTHERS + TRACES[:2])
     with warnings.catch_warnings():
@@ -75,12 +75,12 @@ def test_traces_of_problems_that_are_trained_on_are_named():
         split_held_out(TRACES, OTHERS, seed=0)
 
 
-def test_the_best_of_no_held_out_traces_is_refused(tmp_path):
+def test_keep_best_requires_held_out_traces(tmp_path):
     with pytest.raises(ValueError, match="give held_out too"):
         distill(student(), TOKENIZER, TRACES, tmp_path, keep_best=True)
 
 
-def test_measuring_changes_nothing_that_is_trained(tmp_path, monkeypatch):
+def test_measuring_does_not_change_the_training(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain", monkeypatch, epochs=2)
     assert same_bits(run(tmp_path / "measured", monkeypatch, epochs=2, held_out=OTHERS), plain)
     log = log_of(tmp_path / "measured")
@@ -89,31 +89,31 @@ def test_measuring_changes_nothing_that_is_trained(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"tokens_per_batch": 400, "batch_size": 1}])
-def test_what_is_measured_is_the_loss_of_the_adapter_at_that_step(tmp_path, monkeypatch, settings):
+def test_measured_loss_is_the_adapters_at_that_step(tmp_path, monkeypatch, settings):
     examples, _ = encode_all(OTHERS, TOKENIZER)
     before = trace_loss(student(), examples)
     run(tmp_path, monkeypatch, held_out=OTHERS, **settings)
     model = student()
     SparseAdapter.from_pretrained(model, tmp_path)
     first, *_, last = measured(log_of(tmp_path))
-    assert set(first) == {"step", "epoch", "eval_loss", *(f"eval_loss_{role}" for role in ROLES)}  # and no time
+    assert set(first) == {"step", "epoch", "eval_loss", *(f"eval_loss_{role}" for role in ROLES)}  # and no timings
     for found, expected in ((first, before), (last, trace_loss(model, examples))):
         for role in ROLES:
             assert found[f"eval_loss_{role}"] == pytest.approx(expected[role], rel=1e-5)
     assert last["eval_loss"] < first["eval_loss"]
 
 
-def test_a_teacher_counts_in_the_loss_and_not_in_that_of_a_role(tmp_path):
+def test_teacher_counts_in_the_loss_but_not_by_role(tmp_path):
     traces, model = TRACES[:8], student()
     config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-9, objective=Objective(ce_share=0.0))
     log = distill(model, TOKENIZER, traces, tmp_path, config, True, teacher=student(), held_out=OTHERS).log_history
     expected = trace_loss(student(), encode_all(OTHERS, TOKENIZER)[0])
-    assert measured(log)[0]["eval_loss"] < 1e-5  # a student is its own teacher
+    assert measured(log)[0]["eval_loss"] < 1e-5  # the student equals its teacher
     for role in ROLES:
         assert measured(log)[0][f"eval_loss_{role}"] == pytest.approx(expected[role], rel=1e-5)
 
 
-def test_a_cut_run_goes_on_to_the_same_bits_and_the_same_log(tmp_path, monkeypatch):
+def test_interrupted_run_resumes_with_the_same_adapter_and_log(tmp_path, monkeypatch):
     settings = dict(held_out=0.2, epochs=2)
     whole = run(tmp_path / "whole", monkeypatch, **settings)
     for cut in (1, 5):
@@ -125,12 +125,12 @@ def test_a_cut_run_goes_on_to_the_same_bits_and_the_same_log(tmp_path, monkeypat
         run(tmp_path / "cut", monkeypatch, epochs=2)
     assert same_bits(run(tmp_path / "cut", monkeypatch, **settings), whole)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
-    assert same_bits(run(tmp_path / "cut", monkeypatch, **settings), whole)  # a finished one is found
+    assert same_bits(run(tmp_path / "cut", monkeypatch, **settings), whole)  # the finished run is loaded
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["traces"] == 19
 
 
-def test_the_best_adapter_is_kept_if_asked(tmp_path, monkeypatch):
-    odd = [Trace("What", ".=+ " * n, "+") for n in range(2, 6)]  # what the others teach is no help with these
+def test_keep_best_keeps_the_best_adapter(tmp_path, monkeypatch):
+    odd = [Trace("What", ".=+ " * n, "+") for n in range(2, 6)]  # training on the other traces does not help with these
     wild = dict(held_out=odd, epochs=3, learning_rate=1.0, schedule="constant")
     run(tmp_path / "last", monkeypatch, **wild)
     losses = {entry["step"]: entry["eval_loss"] for entry in measured(log_of(tmp_path / "last")) if entry["step"]}
@@ -142,14 +142,14 @@ def test_the_best_adapter_is_kept_if_asked(tmp_path, monkeypatch):
     run(tmp_path / "moved", monkeypatch, keep_best=True, **wild)
     model = student()
     SparseAdapter.from_pretrained(model, tmp_path / "moved")
-    found = trace_loss(model, encode_all(odd, TOKENIZER)[0])
+    best_loss = trace_loss(model, encode_all(odd, TOKENIZER)[0])
     log = {entry["step"]: entry for entry in measured(log_of(tmp_path / "moved"))}
-    assert log[best]["eval_loss_tactical"] == pytest.approx(found["tactical"], rel=1e-5)
-    assert log[max(losses)]["eval_loss_tactical"] > 1.001 * found["tactical"]
+    assert log[best]["eval_loss_tactical"] == pytest.approx(best_loss["tactical"], rel=1e-5)
+    assert log[max(losses)]["eval_loss_tactical"] > 1.001 * best_loss["tactical"]
     assert not (tmp_path / "moved" / "checkpoints").exists()
 
 
-def test_held_out_traces_that_do_not_fit_are_said_to_be_left_out(tmp_path, monkeypatch):
+def test_held_out_traces_that_do_not_fit_warn(tmp_path, monkeypatch):
     long = Trace("What is 1 + 1?" * 30, "Add one.", "2")
     with pytest.warns(UserWarning, match="1 of 6 held-out traces are not measured; the first: "):
         run(tmp_path / "some", monkeypatch, held_out=[*OTHERS, long], max_tokens=150)
@@ -157,12 +157,12 @@ def test_held_out_traces_that_do_not_fit_are_said_to_be_left_out(tmp_path, monke
         run(tmp_path / "none", monkeypatch, held_out=[long], max_tokens=150)
 
 
-def test_a_plan_counts_what_is_trained():
+def test_plan_counts_only_trained_traces():
     config = DistillConfig(density=0.2, rank=3, batch_size=4)
     assert plan_run(student(), TOKENIZER, TRACES, config, held_out=0.5).batches == 3
 
 
-def test_the_bar_shows_the_last_held_out_loss():
+def test_bar_shows_the_last_held_out_loss():
     callback = TrainingBar(quiet=True)
     callback.on_train_begin(None, state := TrainerState(global_step=0, max_steps=6), None)
     for logs in ({"eval_loss": 2.0}, {"loss": 1.0, "loss_tactical": 1.5}, {"loss": 1.0, "loss_tactical": 1.25}):
@@ -170,7 +170,7 @@ def test_the_bar_shows_the_last_held_out_loss():
     assert callback.bar.tasks[0].description == "held-out 2.000  tactical 1.250"
 
 
-def test_an_evaluation_draws_no_random_numbers(tmp_path, monkeypatch):
+def test_evaluation_draws_no_random_numbers(tmp_path, monkeypatch):
     drawn = []
     for held_out in (None, OTHERS):
         torch.manual_seed(3)

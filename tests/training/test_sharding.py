@@ -1,4 +1,4 @@
-"""A sharded base in a group of one process: every architecture runs as it did whole, and what cannot be is refused."""
+"""A base sharded in a group of one process: bitwise as the whole one, saved whole, and refused if unshardable."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def group():
     dist.destroy_process_group()
 
 
-def row():
+def packed_row():
     ids, positions = torch.arange(1, 18)[None], torch.cat([torch.arange(8), torch.arange(9)])[None]
     return ids, positions
 
@@ -33,34 +33,34 @@ def gradients(model):
     """Hidden states, the head, and the gradients of an adapter that runs beside the weights."""
     adapter = attach(model, mode="side")
     disturb(adapter)
-    hidden = final_hidden(model, *row())
+    hidden = final_hidden(model, *packed_row())
     hidden.square().sum().backward()
     return [hidden, head_of(model).weight, *(parameter.grad for parameter in adapter.parameters())]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral", "falcon-h1"])
-def test_a_sharded_model_has_the_bits_of_a_whole_one(group, name):
+def test_sharded_model_matches_the_whole_one_bitwise(group, name):
     expected = gradients(family(name))
     model = family(name)
     shard(model)
     assert is_sharded(model) and packs(model) == packs(family(name))
-    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # nothing stays whole
-    found = gradients(model)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # every parameter is sharded
+    sharded = gradients(model)
+    assert all(torch.equal(one, other) for one, other in zip(sharded, expected, strict=True))
 
 
-def test_a_model_that_came_sharded_keeps_its_parts(group):
+def test_model_that_is_already_sharded_keeps_its_shards(group):
     expected = gradients(family("llama"))
     model = family("llama")
-    for module in (*model.model.layers, model):  # much as transformers does it
+    for module in (*model.model.layers, model):  # much as transformers does
         fully_shard(module)
-    parts = list(model.parameters())
+    shards = list(model.parameters())
     shard(model)
-    assert all(one is other for one, other in zip(model.parameters(), parts, strict=True))
+    assert all(one is other for one, other in zip(model.parameters(), shards, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
 
 
-def test_gradient_checkpointing_gathers_again(group):
+def test_gradient_checkpointing_works_on_a_sharded_model(group):
     expected = gradients(llama())
     model = llama()
     shard(model)
@@ -69,7 +69,7 @@ def test_gradient_checkpointing_gathers_again(group):
     assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
 
 
-def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_path):
+def test_adapter_of_a_sharded_model_is_saved_as_of_the_whole_one(group, tmp_path):
     whole_one, model = attach(llama(), mode="side"), llama()
     shard(model)
     adapter = attach(model)
@@ -86,7 +86,7 @@ def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_pat
         SparseAdapter.from_pretrained(other, tmp_path / "sharded")
 
 
-def test_an_adapter_that_is_sharded_with_its_model_trains_and_is_saved_whole(group, tmp_path):
+def test_adapter_sharded_with_its_model_trains_and_is_saved_whole(group, tmp_path):
     saved = []
     for is_sharded_too in (False, True):
         model = llama()
@@ -100,7 +100,7 @@ def test_an_adapter_that_is_sharded_with_its_model_trains_and_is_saved_whole(gro
     assert saved[0] == saved[1]
 
 
-def test_a_model_that_is_sharded_under_a_folded_adapter_says_how_to_attach(group):
+def test_sharding_under_a_folded_adapter_is_refused_with_a_hint(group):
     model = llama()
     model.adapter = attach(model)
     fully_shard(model)
@@ -108,23 +108,23 @@ def test_a_model_that_is_sharded_under_a_folded_adapter_says_how_to_attach(group
         train(model, model.adapter)
 
 
-def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
+def test_command_line_shards_student_and_teacher(group, tmp_path, monkeypatch):
     traces = [Trace(f"What is {n} + 1?", f"{n} + 1 = {n + 1}", str(n + 1)) for n in range(8)]
     tokenizer = byte_level(*(trace.completion() for trace in traces))
     llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     write_traces(tmp_path / "traces.jsonl", traces)
-    asked = []
-    monkeypatch.setattr(sharding, "shard", lambda *args: (asked.append(args[1:]), shard(*args)))
-    places = [str(tmp_path / name) for name in ("base", "traces.jsonl", "run")]
+    calls = []
+    monkeypatch.setattr(sharding, "shard", lambda *args: (calls.append(args[1:]), shard(*args)))
+    paths = [str(tmp_path / name) for name in ("base", "traces.jsonl", "run")]
     options = ["--shard", "1", "--density", "0.05", "--device", "cpu", "--dtype", "float32", "--json"]
-    assert main(["distill", *places[:2], "-o", places[2], "--teacher", places[0], *options]) == 0
-    assert asked == [(1, "cpu")] * 2
-    model, _ = load_student(places[0], torch.float32)
-    assert SparseAdapter.from_pretrained(model, places[2]).surviving_share() > 0.9
+    assert main(["distill", *paths[:2], "-o", paths[2], "--teacher", paths[0], *options]) == 0
+    assert calls == [(1, "cpu")] * 2
+    model, _ = load_student(paths[0], torch.float32)
+    assert SparseAdapter.from_pretrained(model, paths[2]).surviving_share() > 0.9
 
 
-def test_what_cannot_be_sharded_is_refused(group):
+def test_unshardable_models_are_refused(group):
     model = gpt2()
     for over in (3, 0, -1):
         with pytest.raises(ValueError, match=rf"over \(--shard\) must divide the number of processes, 1, got {over}"):
@@ -138,11 +138,11 @@ def test_what_cannot_be_sharded_is_refused(group):
         shard(model)
 
 
-def test_one_process_alone_is_refused():
+def test_single_process_is_refused():
     with pytest.raises(ValueError, match="this is the only one: start several with torchrun"):
         shard(gpt2())
 
 
-def test_whole_is_the_tensor_itself_where_nothing_is_sharded():
+def test_unsharded_returns_an_unsharded_tensor_itself():
     tensor = torch.ones(3)
     assert unsharded(tensor) is tensor and not is_sharded(llama())

@@ -1,4 +1,4 @@
-"""A teacher's signals in training, and the command line that makes and uses them."""
+"""A teacher's signals in training, and the commands that create and use them."""
 
 import json
 
@@ -30,21 +30,21 @@ CONFIG = DistillConfig(density=0.05, batch_size=2, placement="random", objective
 
 
 def model(seed=0):
-    found = llama(vocab_size=len(TOKENIZER), max_position_embeddings=512).eval()
+    tiny = llama(vocab_size=len(TOKENIZER), max_position_embeddings=512).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in tiny.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return tiny
 
 
-def scored(folder, traces=TRACES, teacher=None):
+def score_traces(folder, traces=TRACES, teacher=None):
     with SignalStore(folder, "tiny", 5, len(TOKENIZER)) as store:
         add_local_logprobs(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
     return folder
 
 
-def packed(traces=TRACES[:2], store=None):
+def pack(traces=TRACES[:2], store=None):
     examples = [encode(trace, TOKENIZER) for trace in traces]
     if store:
         SignalStore.open(store).fill(examples)
@@ -56,8 +56,8 @@ def losses(student, batch, teacher=None):
     return hidden, token_losses(student, hidden, batch, torch.ones(3), OBJECTIVE, teacher)
 
 
-def test_a_running_teacher_gives_its_whole_distribution():
-    student, teacher, batch = model(), model(1), packed()
+def test_running_teacher_gives_its_whole_distribution():
+    student, teacher, batch = model(), model(1), pack()
     hidden, out = losses(student, batch, teacher)
     with torch.no_grad():
         logits = teacher(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
@@ -68,14 +68,14 @@ def test_a_running_teacher_gives_its_whole_distribution():
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
-# Their heads have a softcap, a scale, a bias.
+# The heads have a softcap, a scale and a bias.
 @pytest.mark.parametrize(("name", "beta"), [("gemma2", 0.0), ("cohere", 0.5), ("phi", 1.0)])
-def test_heads_and_roles_count_as_in_the_formula(name, beta):
+def test_heads_and_roles_match_the_formula(name, beta):
     student, teacher = (family(name, vocab_size=len(TOKENIZER), max_position_embeddings=512) for _ in range(2))
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.2)
-    batch, weights, taus = packed(TRACES[:1]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 2.0, 3.0])
+    batch, weights, taus = pack(TRACES[:1]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 2.0, 3.0])
     temperatures = dict(zip((f"{role}_temperature" for role in ROLES), taus.tolist(), strict=True))
     hidden = final_hidden(student, batch["input_ids"], batch["position_ids"], batch["lengths"])
     out = token_losses(student, hidden, batch, weights, Objective(ce_share=0.25, beta=beta, **temperatures), teacher)
@@ -89,17 +89,17 @@ def test_heads_and_roles_count_as_in_the_formula(name, beta):
     assert set(roles.tolist()) == {0, 1, 2} and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_student_that_is_its_own_teacher_diverges_by_nothing():
+def test_student_does_not_diverge_from_itself():
     student = model()
-    _, out = losses(student, packed(), student)
+    _, out = losses(student, pack(), student)
     assert out.divergence.max() < 1e-5 and out.ce.sum() > 1
 
 
-def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_teacher(tmp_path):
+def test_stored_logprobs_take_precedence_over_the_running_teacher(tmp_path):
     student, teacher = model(), model(1)
-    batch = packed(store=scored(tmp_path, TRACES[:1]))
+    batch = pack(store=score_traces(tmp_path, TRACES[:1]))
     _, mixed = losses(student, batch, teacher)
-    _, running = losses(student, packed(), teacher)
+    _, running = losses(student, pack(), teacher)
     first = torch.zeros(len(mixed.ce), dtype=torch.bool).index_fill_(0, batch["teacher_rows"], True)
     trained = batch["labels"][0] != IGNORE
     assert first.any() and (trained & ~first).any()
@@ -112,9 +112,9 @@ def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_
     torch.testing.assert_close(text.loss, torch.where(first, shared, mixed.ce).sum())
 
 
-def test_a_trace_left_out_of_a_batch_takes_its_signals_with_it(tmp_path):
-    store = scored(tmp_path, TRACES[1:2])
-    whole, first = packed(TRACES[:2], store), packed(TRACES[:1])
+def test_masked_trace_loses_its_signals_too(tmp_path):
+    store = score_traces(tmp_path, TRACES[1:2])
+    whole, first = pack(TRACES[:2], store), pack(TRACES[:1])
     mask_targets_from(whole, first["labels"].shape[1])
     assert torch.equal(whole["text_rows"], first["text_rows"]) and not len(whole["teacher_rows"])
     assert len(whole["teacher_ids"]) == len(whole["teacher_logprobs"]) == 0
@@ -124,21 +124,21 @@ def test_a_trace_left_out_of_a_batch_takes_its_signals_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_the_objective_never_waits_for_the_device(tmp_path, with_teacher, monkeypatch):
-    batch = packed(store=scored(tmp_path, TRACES[:1]))
+def test_objective_never_waits_for_the_device(tmp_path, with_teacher, monkeypatch):
+    batch = pack(store=score_traces(tmp_path, TRACES[:1]))
     student, teacher = model(), model(1) if with_teacher else None
     hidden = student.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state[0]
     monkeypatch.setattr(
         "rbfast.training.objective.final_hidden", lambda *_: hidden.detach()
-    )  # models wait as they like
+    )  # a model's own waits do not count
     with host_waits(monkeypatch) as waits:
         weights = OBJECTIVE.weights(0.3, hidden.device) / role_counts(batch)
         token_losses(student, hidden, batch, weights, OBJECTIVE, teacher).loss.backward()
     assert waits.found == []
 
 
-def test_training_uses_a_folder_of_signals(tmp_path):
-    folder = scored(tmp_path / "signals", TRACES[:4])
+def test_training_uses_stored_signals(tmp_path):
+    folder = score_traces(tmp_path / "signals", TRACES[:4])
     missing = f"{len(TRACES) - 4} of {len(TRACES)} traces have no log-probs in .*: they learn from their text alone"
     with pytest.warns(UserWarning, match=missing):
         taught = distill(model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=folder)
@@ -150,18 +150,18 @@ def test_training_uses_a_folder_of_signals(tmp_path):
     }
     [a, b] = ([p.detach() for p in run.adapter.parameters()] for run in (taught, plain))
     assert not all(map(torch.equal, a, b))
-    for signals in (scored(tmp_path / "s", TRACES[:2]), None):
+    for signals in (score_traces(tmp_path / "s", TRACES[:2]), None):
         with pytest.raises(ValueError, match="its signals"):
             distill(model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=signals)
 
 
 def test_signals_of_other_traces_are_refused(tmp_path):
-    folder = scored(tmp_path / "signals", TRACES[:2])
+    folder = score_traces(tmp_path / "signals", TRACES[:2])
     with pytest.raises(ValueError, match="log-probs of none of the 4 traces"):
         distill(model(), TOKENIZER, TRACES[2:], tmp_path / "run", CONFIG, quiet=True, signals=folder)
 
 
-def test_a_running_teacher_trains_and_resumes_to_the_same_bits(tmp_path):
+def test_training_with_a_running_teacher_is_reproducible_bitwise(tmp_path):
     runs = [
         distill(model(), TOKENIZER, TRACES, tmp_path / str(i), CONFIG, quiet=True, teacher=model(1)) for i in range(2)
     ]
@@ -171,7 +171,7 @@ def test_a_running_teacher_trains_and_resumes_to_the_same_bits(tmp_path):
         distill(model(), TOKENIZER, TRACES, tmp_path / "0", CONFIG, quiet=True)
 
 
-def test_a_student_is_no_teacher_of_itself(tmp_path):
+def test_student_as_its_own_teacher_is_refused(tmp_path):
     student = model()
     with pytest.raises(ValueError, match="the teacher is the student itself"):
         distill(student, TOKENIZER, TRACES, tmp_path, CONFIG, quiet=True, teacher=student)
@@ -189,31 +189,31 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
+def test_command_line_scores_traces_and_trains(folders, tmp_path, capsys):
     traces, out = tmp_path / "traces.jsonl", tmp_path / "scored"
     write_traces(traces, TRACES)
     teacher, student = str(folders / "teacher"), str(folders / "student")
-    teach = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
-    assert main(teach) == 0
+    score = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
+    assert main(score) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "scored": 6, "refused": 0}
     train = ["distill", student, str(traces), "-o", str(tmp_path / "run"), "--density", "0.05", "--json"]
     for folder in (out / "signals", out):
         assert main([*train, "--signals", str(folder), "--teacher", teacher]) == 0
         assert json.loads(capsys.readouterr().out)["trained"] == 6
-    wrong = [str(folders / "other") if word == teacher else word for word in teach]
+    wrong = [str(folders / "other") if word == teacher else word for word in score]
     wrong[wrong.index(str(out))] = str(tmp_path / "aligned")
     assert main(wrong) == 2 and "--align" in capsys.readouterr().err
     assert main([*wrong, "--align"]) == 0
     train[train.index(str(tmp_path / "run"))] = str(tmp_path / "second")
-    go_on = [*train[: train.index("--density")], "--adapter", str(tmp_path / "run")]
-    assert main([*go_on, "--plan"]) == 0 and main(go_on) == 0
+    continued = [*train[: train.index("--density")], "--adapter", str(tmp_path / "run")]
+    assert main([*continued, "--plan"]) == 0 and main(continued) == 0
     assert main([*train, "--adapter", str(tmp_path / "run")]) == 2
     assert "density is for a new adapter" in capsys.readouterr().err
-    assert main([*go_on[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
+    assert main([*continued[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
     assert "a different vocabulary from the student" in capsys.readouterr().err
 
 
-def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
+def test_command_line_queries_a_server(folders, tmp_path, capsys):
     problems, out = tmp_path / "problems.jsonl", tmp_path / "taught"
     problems.write_text('{"problem": "What is 3 + 1?", "answer": "4"}\n{"problem": "What is 5 + 1?"}\n')
     reply = "<plan>Add one.</plan>\nAdd one.\n3 + 1 = 4\n\n<answer>4</answer>"
@@ -230,13 +230,13 @@ def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
         assert main(ask) == 1 and "returned 401" in capsys.readouterr().err
         ask[ask.index(str(tmp_path / "again"))] = str(tmp_path / "most")
         assert main([*ask, "--student", str(folders / "student")]) == 0
-        assert server.requests[-1]["top_logprobs"] == 20  # as many as servers give
+        assert server.requests[-1]["top_logprobs"] == 20  # the most that servers allow
         capsys.readouterr()
     assert main(["teach", "tiny", str(problems), "-o", str(out)]) == 2
     assert "--server" in capsys.readouterr().err
 
 
-def test_the_command_line_checks_the_student_before_it_asks(folders, tmp_path, capsys):
+def test_command_line_checks_the_student_before_any_request(folders, tmp_path, capsys):
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "What is 3 + 1?"}\n')
     wrong = {
@@ -252,7 +252,7 @@ def test_the_command_line_checks_the_student_before_it_asks(folders, tmp_path, c
         assert not server.requests
 
 
-def test_a_teacher_with_other_tokens_cannot_run_beside_the_student(folders):
+def test_running_teacher_needs_the_students_vocabulary(folders):
     assert load_teacher(str(folders / "teacher"), TOKENIZER).config.vocab_size == len(TOKENIZER)
     with pytest.raises(ValueError, match="a different vocabulary from the student"):
         load_teacher(str(folders / "other"), TOKENIZER)

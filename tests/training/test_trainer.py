@@ -1,4 +1,4 @@
-"""The trainer on a tiny random Llama: its objective against plain autograd, packing, accumulation, exact resume."""
+"""The trainer on a tiny random Llama: its objective, packing, accumulation, checkpoints and exact resumption."""
 
 import json
 import resource
@@ -69,7 +69,7 @@ def arguments(folder: Path, **more: object) -> TrainingArguments:
 
 
 def plain_loss(model: LlamaForCausalLM, examples: list[Example], weights: torch.Tensor) -> torch.Tensor:
-    """The objective written out: every example alone, full logits, fp64."""
+    """The objective in its plain form: one example at a time, full logits, fp64."""
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
     for example in examples:
         logits = model(input_ids=torch.from_numpy(example.input_ids)[None]).logits[0].double()
@@ -80,7 +80,7 @@ def plain_loss(model: LlamaForCausalLM, examples: list[Example], weights: torch.
     return (weights * sums / counts).sum()
 
 
-def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples_alone() -> None:
+def test_packed_batch_matches_its_examples_one_by_one() -> None:
     model, examples, objective = tiny_model(), some_examples(4), Objective()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     batch, weights = collate(examples), objective.weights(0.0)
@@ -98,7 +98,7 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples_alone() -> Non
     assert out.hidden_grad_error_bound is None and filtered.hidden_grad_error_bound is not None
 
 
-def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
+def test_strategic_weight_moves_to_the_tactical_one() -> None:
     objective = Objective(strategic=0.4, tactical=0.5, answer=0.1, anneal=0.5)
     assert objective.weights(0.0).tolist() == pytest.approx([0.4, 0.5, 0.1])
     assert objective.weights(1.0).tolist() == pytest.approx([0.2, 0.7, 0.1])
@@ -107,9 +107,9 @@ def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
             Objective(*weights)
 
 
-def test_the_weights_of_a_step_are_those_of_what_is_done_before_it(tmp_path: Path) -> None:
+def test_role_weights_follow_the_progress_before_each_step(tmp_path: Path) -> None:
     model, examples, objective = tiny_model(), some_examples(4), Objective(anneal=1.0)
-    torch.nn.init.normal_(model.lm_head.weight)  # so that the roles have different losses
+    torch.nn.init.normal_(model.lm_head.weight)  # so that the losses of the roles differ
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     settings = arguments(tmp_path, per_device_train_batch_size=4, num_train_epochs=4, learning_rate=0.0)
     trainer = DistillTrainer(model, adapter, settings, examples, objective=objective)
@@ -122,7 +122,7 @@ def test_the_weights_of_a_step_are_those_of_what_is_done_before_it(tmp_path: Pat
 def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
-    packs(model)  # it looks at the logits of a few tokens, once
+    packs(model)  # computes the logits of a few tokens, once
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran as a module: it builds full logits"))
     trainer = DistillTrainer(model, adapter, arguments(tmp_path), some_examples(4), some_examples(2, seed=1))
     trainer.train()
@@ -132,7 +132,7 @@ def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("batch", (1, 2, 5))
-def test_an_evaluation_is_the_same_whatever_its_batches_and_the_step(tmp_path: Path, batch: int) -> None:
+def test_evaluation_does_not_depend_on_batches_or_step(tmp_path: Path, batch: int) -> None:
     model, held_out = tiny_model(), some_examples(5, seed=1)
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     settings = arguments(tmp_path, per_device_eval_batch_size=batch)
@@ -146,7 +146,7 @@ def test_an_evaluation_is_the_same_whatever_its_batches_and_the_step(tmp_path: P
     assert (trainer.objective.weights(1.0) * by_role).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     every = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2)
@@ -169,9 +169,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("limit", "best", "kept"), [(1, None, [9]), (1, 2, [2, 9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
 )
-def test_as_many_checkpoints_are_kept_as_asked(
-    tmp_path: Path, limit: int, best: int | None, kept: list[int] | None
-) -> None:
+def test_checkpoint_limit_is_kept(tmp_path: Path, limit: int, best: int | None, kept: list[int] | None) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
     trainer = DistillTrainer(model, adapter, arguments(tmp_path, save_total_limit=limit), some_examples(2))
     for step in range(1, 10):
@@ -184,7 +182,7 @@ def test_as_many_checkpoints_are_kept_as_asked(
 
 
 class Gradients(TrainerCallback):
-    """Of the adapter, as the first step's optimizer finds them."""
+    """The adapter's gradients, as the optimizer receives them."""
 
     def __init__(self, adapter: SparseAdapter) -> None:
         self.adapter, self.found = adapter, torch.empty(0)
@@ -194,7 +192,7 @@ class Gradients(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_a_large_batch_of_an_fp16_student_loses_no_gradient(tmp_path: Path) -> None:
+def test_fp16_gradients_do_not_underflow_in_a_large_batch(tmp_path: Path) -> None:
     examples, found = some_examples(2000), []
     for dtype in (torch.float32, torch.float16):
         model = tiny_model().half().to(dtype)  # the same values
@@ -207,12 +205,12 @@ def test_a_large_batch_of_an_fp16_student_loses_no_gradient(tmp_path: Path) -> N
         trainer.train()
         found.append(gradients.found)
         loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        assert 3 < loss < 6  # nats, whatever the gradients are multiplied by
+        assert 3 < loss < 6  # in nats, without the loss scale
     assert (found[1] - found[0]).norm() <= 0.01 * found[0].norm()
     assert not any(parameter._backward_hooks for parameter in adapter.parameters())
 
 
-def test_the_only_token_of_a_role_does_not_overflow_in_fp16(tmp_path: Path) -> None:
+def test_fp16_loss_scale_depends_on_the_largest_weight(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     trainer = DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
@@ -222,20 +220,20 @@ def test_the_only_token_of_a_role_does_not_overflow_in_fp16(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-def test_matrices_of_one_input_share_the_call_for_their_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_matrices_with_one_input_share_a_gradient_call(tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     trainer = DistillTrainer(model, adapter, arguments(tmp_path, max_steps=1), some_examples(2))
     with GradientCalls() as calls:
         trainer.train()
-    if dtype == torch.float16:  # its gradients go through hooks, which a matrix that did not run would call without one
+    if dtype == torch.float16:  # hooks see fp16 gradients, and would run without one for an unused matrix
         assert not calls.together and calls.alone == 2 * 7
     else:
         assert sorted(calls.together) == 2 * [1] + 2 * [2] + 2 * [3] and calls.alone == 2
 
 
 class WaitsInSteps(TrainerCallback):
-    """How many waits for the device there were between the beginnings and the ends of steps."""
+    """The waits for the device within steps."""
 
     def __init__(self, waits: HostWaits) -> None:
         self.waits, self.found = waits, []
@@ -247,11 +245,11 @@ class WaitsInSteps(TrainerCallback):
         self.found += self.waits.found[self.before :]
 
 
-def test_a_step_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
     trainer = DistillTrainer(model, adapter, arguments(tmp_path, logging_strategy="no"), some_examples(8))
-    trainer.train()  # the first steps look whether every matrix has a gradient
+    trainer.train()  # the first steps check that every matrix has a gradient
     with host_waits(monkeypatch) as waits:
         trainer.add_callback(counted := WaitsInSteps(waits))
         trainer.train()
@@ -267,15 +265,15 @@ class Evaluating(TrainerCallback):
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-@pytest.mark.parametrize("filters", (True, False))
-def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filters: bool, bad: float
+@pytest.mark.parametrize("is_filtered", (True, False))
+def test_non_finite_loss_is_logged_as_by_a_plain_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_filtered: bool, bad: float
 ) -> None:
     losses = iter((1.0, bad, 4.0, bad))
     monkeypatch.setattr(Trainer, "training_step", lambda self, *_: torch.tensor(next(losses)))
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
-    settings = arguments(tmp_path, logging_steps=2, logging_nan_inf_filter=filters)
+    settings = arguments(tmp_path, logging_steps=2, logging_nan_inf_filter=is_filtered)
     trainer = DistillTrainer(model, adapter, settings, some_examples(8), some_examples(2))
     seen = []
 
@@ -286,9 +284,9 @@ def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
     monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
     trainer.add_callback(Evaluating(trainer))
     trainer.train()
-    assert set(seen) == {filters} and settings.logging_nan_inf_filter == filters
+    assert set(seen) == {is_filtered} and settings.logging_nan_inf_filter == is_filtered
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [(1.0 + 1.0 / 2) / 2, (4.0 + 4.0 / 2) / 2] if filters else not np.isfinite(logged).any()
+    assert logged == [(1.0 + 1.0 / 2) / 2, (4.0 + 4.0 / 2) / 2] if is_filtered else not np.isfinite(logged).any()
 
 
 def train(folder: Path, stop_at: int | None = None, **more: object) -> dict[str, torch.Tensor]:
@@ -311,7 +309,7 @@ class Crash(TrainerCallback):
             raise RuntimeError("power cut")
 
 
-def test_a_cut_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_bitwise(tmp_path: Path) -> None:
     saving = dict(save_strategy="steps", save_steps=2, save_total_limit=1)
     whole = train(tmp_path / "whole", **saving)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -323,7 +321,7 @@ def test_a_cut_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_checkpoint_cut_while_being_written_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saving = dict(save_strategy="steps", save_steps=2)
     real = DistillTrainer._save_rng_state
 
@@ -341,12 +339,13 @@ def test_a_checkpoint_cut_while_being_written_is_not_taken(tmp_path: Path, monke
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_disk_that_is_full_before_the_optimizers_state_is_named(tmp_path: Path) -> None:
+def test_full_disk_while_saving_the_optimizer_is_reported(tmp_path: Path) -> None:
     saving = dict(save_strategy="steps", save_steps=2)
     train(tmp_path / "whole", **saving)
     adapter = tmp_path / "whole" / "checkpoint-2" / "adapter_model.safetensors"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (adapter.stat().st_size + 2000, before[1]))  # of a file, which stands in
+    # A limit on the file size stands in for a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (adapter.stat().st_size + 2000, before[1]))
     try:
         with pytest.raises(OSError, match="a checkpoint could not be written, is the disk full"):
             train(tmp_path / "full", **saving)
@@ -357,7 +356,7 @@ def test_a_disk_that_is_full_before_the_optimizers_state_is_named(tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["compute_metrics", "compute_loss_func", "label_smoothing_factor", "neftune_noise_alpha"]
 )
-def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None:
+def test_arguments_without_effect_are_refused(tmp_path: Path, name: str) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
     is_argument = not name.startswith("compute")
     args = arguments(tmp_path, **({name: 0.1} if is_argument else {}))
@@ -365,7 +364,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None
         DistillTrainer(model, adapter, args, some_examples(2), **({} if is_argument else {name: lambda *_: {}}))
 
 
-def test_the_arguments_are_left_as_they_were(tmp_path: Path) -> None:
+def test_arguments_are_left_unchanged(tmp_path: Path) -> None:
     given, model = arguments(tmp_path), tiny_model()
     adapter, before = SparseAdapter.attach(model, density=0.2), given.to_dict()
     trainer = DistillTrainer(model, adapter, given, some_examples(4), tokens_per_batch=40)
@@ -374,7 +373,7 @@ def test_the_arguments_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["merge", "detach", None])
-def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | None) -> None:
+def test_unattached_adapter_is_refused(tmp_path: Path, end: str | None) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model if end else tiny_model(), density=0.05)
     if end:
@@ -383,38 +382,38 @@ def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | N
         DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
 
 
-def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
+def test_adapted_head_is_refused(tmp_path: Path) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.2, targets=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head is the output head"):
         DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
 
 
-def test_a_teacher_is_frozen_and_without_dropout(tmp_path: Path) -> None:
+def test_teacher_is_frozen_and_in_evaluation_mode(tmp_path: Path) -> None:
     teacher = tiny_model().train()
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
     DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2), teacher=teacher)
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
+def test_generator_of_examples_is_refused(tmp_path: Path) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
     with pytest.raises(TypeError, match="expected a sequence of examples, got generator; make it a list"):
         DistillTrainer(model, adapter, arguments(tmp_path), (one for one in some_examples(2)))  # type: ignore[arg-type]
 
 
-def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_of_the_trainer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = DistillTrainer.create_accelerator_and_postprocess
 
     def make_sharding(self: DistillTrainer) -> None:
         make(self)
-        self.is_fsdp_enabled = True  # as `accelerate launch --use_fsdp` has it on GPUs
+        self.is_fsdp_enabled = True  # as `accelerate launch --use_fsdp` sets it on GPUs
 
     monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", make_sharding)
     with pytest.raises(ValueError, match=r"cannot shard the frozen base alone.*--shard PROCESSES"):
         train(tmp_path)
 
 
-def test_accumulating_two_batches_is_one_batch_of_both(tmp_path: Path) -> None:
+def test_two_accumulated_batches_match_one_large_batch(tmp_path: Path) -> None:
     once = train(tmp_path / "a", per_device_train_batch_size=4)
     twice = train(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
     for name, value in once.items():
@@ -428,7 +427,7 @@ def plain_trainer(folder: Path, model: LlamaForCausalLM) -> Trainer:
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
-def test_a_plain_trainer_trains_an_adapter_that_is_part_of_its_model(tmp_path: Path, mode: str) -> None:
+def test_plain_trainer_trains_and_resumes_a_registered_adapter(tmp_path: Path, mode: str) -> None:
     adapters = []
     for checkpoint in (None, tmp_path / "checkpoint-2"):
         model = tiny_model()
@@ -439,7 +438,7 @@ def test_a_plain_trainer_trains_an_adapter_that_is_part_of_its_model(tmp_path: P
     assert all(torch.equal(adapters[0][name], value) for name, value in adapters[-1].items())
 
 
-def test_a_plain_trainer_that_does_not_find_the_adapter_is_stopped(tmp_path: Path) -> None:
+def test_plain_trainer_refuses_an_unregistered_adapter(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.2)
     with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before you create a Trainer"):
@@ -447,7 +446,7 @@ def test_a_plain_trainer_that_does_not_find_the_adapter_is_stopped(tmp_path: Pat
     assert not any(site.B.any() for site in adapter.sites().values())
 
 
-def test_a_trainer_does_not_train_while_another_thread_does(tmp_path: Path) -> None:
+def test_training_in_a_second_thread_is_refused(tmp_path: Path) -> None:
     refused = pytest.raises(RuntimeError, match="another thread of this process is training")
     with ThreadPoolExecutor(1) as other_thread, sole_training(), refused:
         other_thread.submit(train, tmp_path).result()
