@@ -1,4 +1,4 @@
-"""Tokens as bytes, and which of the teacher's stand where one of the student's does."""
+"""Tokens as bytes, and the alignment of a teacher's tokens with the student's."""
 
 import math
 from itertools import pairwise
@@ -18,23 +18,23 @@ def tokenizer(request):
     return TOKENIZERS[request.param]
 
 
-def cut(tokenizer, text):
+def pieces_of(tokenizer, text):
     tokens = token_bytes(tokenizer)
     return [tokens[number] for number in tokenizer(text, add_special_tokens=False).input_ids]
 
 
 @pytest.mark.parametrize("text", [TEXT, "x", " two blanks", "\x00\x7f\u00ad\u0142", "never seen: ∑ₙ Ж 🧮"])
-def test_the_bytes_of_the_tokens_spell_the_text(tokenizer, text):
-    tokens = cut(tokenizer, text)
-    found = byte_spans(tokens, text.encode())
-    assert found[0][0] in (-1, 0) and found[-1][1] == len(text.encode())
-    assert all(end == start for (_, end), (start, _) in pairwise(found))
-    assert b"".join(text.encode()[max(0, start) : end] for start, end in found) == text.encode()
+def test_token_bytes_spell_the_text(tokenizer, text):
+    tokens = pieces_of(tokenizer, text)
+    spans = byte_spans(tokens, text.encode())
+    assert spans[0][0] in (-1, 0) and spans[-1][1] == len(text.encode())
+    assert all(end == start for (_, end), (start, _) in pairwise(spans))
+    assert b"".join(text.encode()[max(0, start) : end] for start, end in spans) == text.encode()
 
 
-def test_the_students_real_tokenizer_spells_text_too(tokenizer, request):
+def test_token_bytes_of_the_real_tokenizer_spell_the_text(tokenizer, request):
     real = request.getfixturevalue("pristine")[1]
-    assert byte_spans(cut(real, TEXT), TEXT.encode())[-1][1] == len(TEXT.encode())
+    assert byte_spans(pieces_of(real, TEXT), TEXT.encode())[-1][1] == len(TEXT.encode())
     assert token_bytes(real)[real.eos_token_id] is None
 
 
@@ -47,15 +47,15 @@ def test_special_tokens_have_no_bytes(tokenizer):
         byte_spans([b"a", b"b"], b"ac")
 
 
-def test_rows_stand_where_both_have_a_token_of_the_same_bytes():
+def test_rows_align_where_both_tokens_have_the_same_bytes():
     ids = {b"ab": 0, b"c": 1, b"cd": 2, b"x": 3}
     student = byte_spans([b"ab", b"c", b"d", b"x"], b"abcdx")
     pieces = [Piece(b"ab", [(b"ab", -0.1), (b"abc", -3.0)]), Piece(b"cd", [(b"cd", -0.1)]), Piece(b"x", [(b"y", -0.1)])]
     rows = align(student, byte_spans([p.written for p in pieces], b"abcdx"), pieces, ids)
-    assert rows == [(0, [0], [-0.1])]  # "cd" is cut otherwise, and of "x" no candidate is the student's
+    assert rows == [(0, [0], [-0.1])]  # "cd" is split differently, and "x" shares no candidate
 
 
-def test_ids_map_by_bytes_between_the_two_kinds():
+def test_ids_map_by_bytes_between_tokenizer_kinds():
     teacher, student = (token_bytes(TOKENIZERS[kind]) for kind in ("byte fallback", "byte level"))
     mapped = student_ids(teacher, student, len(teacher) + 3)
     shared = [n for n in range(len(teacher)) if mapped[n] >= 0]
@@ -64,8 +64,8 @@ def test_ids_map_by_bytes_between_the_two_kinds():
     assert ids_by_bytes(student)[b"\n"] == mapped[teacher.index(b"\n")]
 
 
-def test_a_character_is_its_own_token_before_the_byte_it_consists_of():
-    """A text is cut into `1`, never into `<0x31>`, though the lone bytes come first in such a vocabulary."""
+def test_character_token_takes_precedence_over_its_byte_token():
+    """Text is split into `1`, never `<0x31>`, although the byte tokens come first in such a vocabulary."""
     tokenizer = TOKENIZERS["byte fallback"]
     ids, known = ids_by_bytes(token_bytes(tokenizer)), tokenizer.get_vocab()
     for letter in set(TEXT) - set(" \n"):
@@ -74,7 +74,7 @@ def test_a_character_is_its_own_token_before_the_byte_it_consists_of():
         assert ids[byte] == known[f"<0x{byte[0]:02X}>"]
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
@@ -83,7 +83,7 @@ def test_a_slow_tokenizer_is_refused():
 
 
 def test_probabilities_of_shared_tokens_never_grow():
-    """Dropping candidates moves their mass to the tail and nothing else."""
+    """Dropping candidates only moves their mass to the tail."""
     top = [(bytes([65 + i]), math.log(0.1)) for i in range(10)]
     [row] = align([(0, 1)], [(0, 1)], [Piece(b"A", top)], {bytes([65 + i]): i for i in range(0, 10, 2)})
     assert row.ids == [0, 2, 4, 6, 8] and np.exp(row.logprobs).sum() == pytest.approx(0.5)

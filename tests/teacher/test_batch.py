@@ -1,4 +1,4 @@
-"""Questions asked by a batch API: every reply once, whatever is killed, refused or expires."""
+"""Questions sent through a batch API: each reply is paid for once, despite kills, refusals and expiry."""
 
 import json
 import time
@@ -32,19 +32,21 @@ def created(api):
     return [request for request in api.requests if (request.method, request.path) == ("POST", "/v1/batches")]
 
 
-def test_a_batch_becomes_the_same_traces_as_single_questions(tmp_path):
-    said = []
+def test_batch_gives_the_same_traces_as_single_requests(tmp_path):
+    progress_calls = []
     with answering(Batches(solved)) as api:
-        progress = lambda done, wanted, words: said.append((done, wanted, words))  # noqa: E731
+        progress = lambda done, wanted, words: progress_calls.append((done, wanted, words))  # noqa: E731
         taught = in_batches(api, tmp_path / "batch", progress=progress)
         assert len(created(api)) == 1 and created(api)[0].body["completion_window"] == "24h"
     with answering(lambda request: solved(request.body)) as api:
         assert taught.traces == teach(api.client(), QUESTIONS[:4], tmp_path / "single").traces
-    assert said[0] == (0, 4, "batch batch-0: in_progress, 0 tokens read, 0 written") and said[-1][:2] == (4, 4)
+    assert progress_calls[0] == (0, 4, "batch batch-0: in_progress, 0 tokens read, 0 written") and progress_calls[-1][
+        :2
+    ] == (4, 4)
     assert not (tmp_path / "batch" / "batch.json").exists()
 
 
-def test_nothing_is_asked_twice_and_more_questions_are_another_batch(tmp_path):
+def test_only_new_questions_are_sent_in_another_batch(tmp_path):
     with answering(Batches(solved)) as api:
         in_batches(api, tmp_path)
         in_batches(api, tmp_path)
@@ -54,15 +56,15 @@ def test_nothing_is_asked_twice_and_more_questions_are_another_batch(tmp_path):
         assert [data.count(b'"custom_id"') for data in files] == [4, 2]
 
 
-def test_a_batch_whose_making_is_not_confirmed_is_not_made_again(tmp_path):
+def test_unconfirmed_batch_is_not_created_again(tmp_path):
     batches = Batches(solved)
     with answering(batches) as api:
         answer, faults = api.answer, [503, 500]
 
         def losing(request):
-            found = answer(request)
-            made = (request.method, request.path) == ("POST", "/v1/batches")
-            return Answer("lost", faults.pop()) if made and faults else found
+            reply = answer(request)
+            is_creation = (request.method, request.path) == ("POST", "/v1/batches")
+            return Answer("lost", faults.pop()) if is_creation and faults else reply
 
         api.answer = losing
         assert len(in_batches(api, tmp_path).traces) == 4
@@ -70,7 +72,7 @@ def test_a_batch_whose_making_is_not_confirmed_is_not_made_again(tmp_path):
 
 
 def failing_polls(api, status, times):
-    """Let all polls fail but the first, up to so many times."""
+    """Make the polls after the first fail, up to `times` times."""
     answer, polls = api.answer, []
 
     def failing(request):
@@ -84,17 +86,17 @@ def failing_polls(api, status, times):
 
 
 @pytest.mark.parametrize("status", [500, 502, 529])
-def test_an_outage_of_minutes_does_not_end_the_wait_for_a_batch(tmp_path, status):
-    said = []
+def test_wait_for_a_batch_survives_a_short_outage(tmp_path, status):
+    messages = []
     with answering(Batches(solved)) as api:
         failing_polls(api, status, 40)
-        taught = in_batches(api, tmp_path, progress=lambda done, wanted, words: said.append(words))
+        taught = in_batches(api, tmp_path, progress=lambda done, wanted, words: messages.append(words))
         assert len(taught.traces) == 4 and len(created(api)) == 1
-    assert any("batch-0: the teacher is busy or unreachable" in words for words in said)
+    assert any("batch-0: the teacher is busy or unreachable" in words for words in messages)
 
 
 @pytest.mark.parametrize(("status", "least", "most"), [(502, 600, 1200), (404, 0, 60)])
-def test_the_wait_for_a_batch_ends_after_ten_minutes_without_an_answer(tmp_path, monkeypatch, status, least, most):
+def test_wait_for_a_batch_ends_after_ten_minutes_of_outage(tmp_path, monkeypatch, status, least, most):
     now = [0.0]
     sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
     monkeypatch.setattr("rbfast.teacher.batch_api.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
@@ -110,18 +112,18 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["POST /v1/files", "POST /v1/batches", "GET /v1/batches/", "GET /v1/files/"])
-def test_a_killed_call_goes_on_with_its_batch(tmp_path, monkeypatch, moment):
-    """The server has done what was asked; the call dies before it reads the reply."""
+def test_killed_call_resumes_its_batch(tmp_path, monkeypatch, moment):
+    """The server has handled the request; the call dies before it reads the reply."""
     batches = Batches(solved)
     with answering(batches) as api:
         answer = api.answer
 
         def dying(request):
-            found = answer(request)
+            sent_reply = answer(request)
             if f"{request.method} {request.path}".startswith(moment):
                 api.answer = answer
                 return Answer("killed", 499)
-            return found
+            return sent_reply
 
         api.answer = dying
         with pytest.raises(ServerError, match="returned 499"):
@@ -130,7 +132,7 @@ def test_a_killed_call_goes_on_with_its_batch(tmp_path, monkeypatch, moment):
         assert len(created(api)) == 1 and len(batches.batches) == 1
 
 
-def test_a_call_killed_while_replies_are_written_takes_the_rest(tmp_path, monkeypatch):
+def test_call_killed_while_writing_replies_resumes(tmp_path, monkeypatch):
     from rbfast.teacher.reply_store import ReplyStore
 
     add = ReplyStore.add
@@ -150,14 +152,14 @@ def test_a_call_killed_while_replies_are_written_takes_the_rest(tmp_path, monkey
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
 
 
-def test_replies_to_questions_of_an_earlier_call_are_kept(tmp_path):
+def test_replies_to_an_earlier_calls_questions_are_kept(tmp_path):
     with answering(Batches(solved)) as api:
         (tmp_path / "batch.json").write_text("{}")
         with pytest.raises(ValueError, match="url is missing"):
             in_batches(api, tmp_path)
         (tmp_path / "batch.json").unlink()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(time, "sleep", raiser(Killed))
+            patch.setattr(time, "sleep", raising(Killed))
             in_batches(api, tmp_path, QUESTIONS[:3])
         with pytest.raises(ValueError, match="a batch is under way"):
             teach(api.client(), QUESTIONS[:3], tmp_path)
@@ -165,34 +167,34 @@ def test_replies_to_questions_of_an_earlier_call_are_kept(tmp_path):
         assert len(in_batches(api, tmp_path, QUESTIONS[:5]).traces) == 5 and len(created(api)) == 2
 
 
-def test_whole_replies_of_a_batch_count_under_another_limit_of_tokens(tmp_path):
+def test_complete_replies_are_kept_when_the_token_limit_changes(tmp_path):
     def replies(body):
         text = solve(body["messages"][-1]["content"])
         return chat_reply(text, "length" if body["max_tokens"] == 100 and " 2 " in str(body) else "stop")
 
     with answering(Batches(replies)) as api:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(time, "sleep", raiser(Killed))
+            patch.setattr(time, "sleep", raising(Killed))
             in_batches(api, tmp_path, max_tokens=100)
         with pytest.warns(UserWarning, match="cut at the token limit"):
             assert len(in_batches(api, tmp_path, max_tokens=200).traces) == 4
         files = [request.data for request in api.requests if request.path == "/v1/files"]
-        assert [data.count(b'"custom_id"') for data in files] == [4, 1], "only the reply that was cut is asked again"
+        assert [data.count(b'"custom_id"') for data in files] == [4, 1], "only the truncated reply is requested again"
 
 
-def raiser(kind):
+def raising(kind):
     def fail(*args):
         raise kind
 
     return fail
 
 
-def test_the_budget_holds_over_batches(tmp_path):
+def test_budget_holds_across_batches(tmp_path):
     with answering(Batches(solved)) as api:
         assert_the_budget_holds(partial(in_batches, api), partial(created, api), tmp_path)
 
 
-def test_a_refused_parameter_is_left_out_of_another_batch(tmp_path):
+def test_refused_parameter_is_dropped_in_another_batch(tmp_path):
     def reply(body):
         if "temperature" in body:
             return Answer({"error": {"message": "Unsupported parameter: 'temperature'"}}, 400)
@@ -202,7 +204,7 @@ def test_a_refused_parameter_is_left_out_of_another_batch(tmp_path):
         assert len(in_batches(api, tmp_path).traces) == 4 and len(created(api)) == 2
 
 
-def test_a_request_that_fails_stays_open_with_the_reason(tmp_path):
+def test_failed_request_stays_open_with_its_reason(tmp_path):
     def reply(body):
         return Answer({"error": {"message": "too long"}}, 400) if " 2 " in str(body) else solved(body)
 
@@ -213,7 +215,7 @@ def test_a_request_that_fails_stays_open_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
-def test_a_batch_that_ends_badly_leaves_the_rest_open(tmp_path, status):
+def test_failed_batch_leaves_unanswered_questions_open(tmp_path, status):
     batches = Batches(lambda body: solved(body) if " 1 " in str(body) else Answer({"code": "batch_expired"}, 410))
     batches.status, batches.errors = status, {"object": "list", "data": [{"message": "the model is gone"}]}
     with answering(batches) as api:
@@ -224,13 +226,13 @@ def test_a_batch_that_ends_badly_leaves_the_rest_open(tmp_path, status):
         assert "status failed: the model is gone" in taught.reason
 
 
-def test_a_server_without_batches_is_named(tmp_path):
+def test_server_without_batches_is_reported(tmp_path):
     absent = Answer({"error": {"message": "no such path"}}, 404)
     with answering(absent) as api, pytest.raises(ServerError, match=r"/files returned 404: .*no such path"):
         in_batches(api, tmp_path)
 
 
-def test_a_batch_of_another_server_is_left_alone(tmp_path):
+def test_batch_of_another_server_is_refused(tmp_path):
     (tmp_path / "batch.json").write_text(json.dumps({"url": "http://other/v1", "ticket": {"file": "f"}, "batch": "b"}))
     with (
         answering(Batches(solved)) as api,
@@ -239,7 +241,7 @@ def test_a_batch_of_another_server_is_left_alone(tmp_path):
         in_batches(api, tmp_path)
 
 
-def test_the_command_line_asks_in_batches(tmp_path, capsys):
+def test_command_line_sends_batches(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": q.text}) + "\n" for q in QUESTIONS[:3]))
     with answering(Batches(solved)) as api:
         command = ["teach", "m", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--batch", "--json"]

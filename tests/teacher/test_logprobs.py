@@ -1,4 +1,4 @@
-"""A teacher's log-probs for traces: what is kept against the teacher's own softmax in fp64, by every way to get it."""
+"""A teacher's log-probs for traces, from every source, against the teacher's own softmax in fp64."""
 
 import json
 import math
@@ -47,13 +47,13 @@ def store_at(path, tokenizer=TOKENIZER, k=K):
     return SignalStore(path, "tiny", k, len(tokenizer))
 
 
-def filled(store, traces=TRACES, tokenizer=TOKENIZER):
+def filled_examples(store, traces=TRACES, tokenizer=TOKENIZER):
     examples = [encode(trace, tokenizer) for trace in traces]
     assert store.fill(examples) == []
     return examples
 
 
-def exact(model, ids):
+def exact_logprobs(model, ids):
     """log softmax fp64 [n, V] of a sequence."""
     with torch.no_grad():
         return model.double()(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
@@ -63,41 +63,41 @@ def check_exact(model, examples, k=K):
     for example in examples:
         rows = np.flatnonzero(example.labels != IGNORE)
         assert example.teacher_rows.tolist() == rows.tolist()
-        expected = exact(model, example.input_ids)[rows].topk(k)
+        expected = exact_logprobs(model, example.input_ids)[rows].topk(k)
         torch.testing.assert_close(torch.tensor(example.teacher_logprobs), expected.values.float(), atol=1e-5, rtol=0)
         assert (torch.tensor(example.teacher_ids) == expected.indices).float().mean() > 0.99
 
 
-def test_a_local_teacher_of_the_same_tokens_scores_every_trained_one(tmp_path):
+def test_local_teacher_scores_every_trained_token(tmp_path):
     model = teacher_model(TOKENIZER)
     with store_at(tmp_path) as store:
         assert add_local_logprobs(model, TOKENIZER, TRACES, TOKENIZER, store) == []
-    examples = filled(SignalStore.open(tmp_path))
+    examples = filled_examples(SignalStore.open(tmp_path))
     check_exact(model, examples)
     batch = collate(examples)
     assert batch["teacher_ids"].dtype == torch.int64 and len(batch["teacher_rows"]) == len(batch["teacher_ids"])
 
 
 @pytest.mark.parametrize("teacher_tokenizer", [TOKENIZER, OTHER], ids=["same", "other"])
-def test_traces_read_together_get_what_they_get_alone(tmp_path, monkeypatch, teacher_tokenizer):
+def test_traces_scored_together_match_those_scored_alone(tmp_path, monkeypatch, teacher_tokenizer):
     model, forwards = teacher_model(teacher_tokenizer), []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
-    found = []
+    stored = []
     for name, tokens in (("alone", 1), ("together", 10**6)):
         monkeypatch.setattr(logprobs, "_TOKENS", tokens)
         with store_at(tmp_path / name) as store:
-            packs(model)  # a few forwards of its own, the first time
+            packs(model)  # a few forward passes of its own, once
             forwards.clear()
             assert add_local_logprobs(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
         assert len(forwards) == (len(TRACES) if name == "alone" else 1)
-        found.append(filled(SignalStore.open(tmp_path / name)))
-    for alone, together in zip(*found, strict=True):
+        stored.append(filled_examples(SignalStore.open(tmp_path / name)))
+    for alone, together in zip(*stored, strict=True):
         assert np.array_equal(alone.teacher_rows, together.teacher_rows)
         np.testing.assert_allclose(together.teacher_logprobs, alone.teacher_logprobs, atol=1e-5)
-        assert (together.teacher_ids == alone.teacher_ids).mean() > 0.99  # two may be as likely
+        assert (together.teacher_ids == alone.teacher_ids).mean() > 0.99  # ties may break either way
 
 
-def test_one_trace_that_shares_no_token_does_not_stop_the_others(tmp_path, monkeypatch):
+def test_trace_without_shared_tokens_does_not_stop_the_others(tmp_path, monkeypatch):
     read = logprobs._shared_tokens
     nothing = lambda t, s, task, reply: ([], []) if task.trace is TRACES[1] else read(t, s, task, reply)  # noqa: E731
     monkeypatch.setattr(logprobs, "_shared_tokens", nothing)
@@ -106,60 +106,62 @@ def test_one_trace_that_shares_no_token_does_not_stop_the_others(tmp_path, monke
     assert trace is TRACES[1] and "share no token" in reason and len(SignalStore.open(tmp_path)) == 2
 
 
-def test_a_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):
+def test_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):
     model = llama(vocab_size=len(TOKENIZER) + 64)
     with store_at(tmp_path, k=len(TOKENIZER) + 64) as store:
         add_local_logprobs(model, TOKENIZER, TRACES, TOKENIZER, store)
-    example = filled(SignalStore.open(tmp_path))[0]
+    example = filled_examples(SignalStore.open(tmp_path))[0]
     assert example.teacher_ids.max() < len(TOKENIZER)
     mass = np.exp(example.teacher_logprobs.astype(np.float64)).sum(1)
-    expected = exact(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].exp().sum(1)
+    expected = exact_logprobs(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].exp().sum(1)
     np.testing.assert_allclose(mass, expected.numpy(), atol=1e-5)  # the rest is the tail
 
 
 @pytest.mark.parametrize("teacher_tokenizer", [TOKENIZER, OTHER], ids=["same", "other"])
-def test_rows_of_a_head_that_are_no_token_never_crowd_out_the_tokens(tmp_path, teacher_tokenizer):
+def test_padding_rows_of_the_head_never_crowd_out_tokens(tmp_path, teacher_tokenizer):
     model = llama(vocab_size=len(teacher_tokenizer) + 64)
     hidden = []
     model.model.norm.register_forward_hook(lambda *given: hidden.append(given[2].detach()))
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.sign(torch.randn(model.config.hidden_size)) * 2)
-        model.lm_head.weight[len(teacher_tokenizer) :] *= 5  # some of them are likelier than any token, everywhere
+        model.lm_head.weight[len(teacher_tokenizer) :] *= 5  # some padding rows are now likelier than any token
     with store_at(tmp_path) as store:
         assert add_local_logprobs(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
     logits = model.lm_head(hidden[-1])[0]
-    assert logits.topk(K).indices.min(1).values.ge(len(teacher_tokenizer)).float().mean() > 0.5, "crowded"
-    for example in filled(SignalStore.open(tmp_path)):
+    assert logits.topk(K).indices.min(1).values.ge(len(teacher_tokenizer)).float().mean() > 0.5, (
+        "padding rows must dominate for this test to mean much"
+    )
+    for example in filled_examples(SignalStore.open(tmp_path)):
         assert np.isfinite(example.teacher_logprobs).all() and example.teacher_logprobs.shape[1] == K
         if teacher_tokenizer is TOKENIZER:
-            best = exact(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].topk(K)
+            best = exact_logprobs(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].topk(K)
             np.testing.assert_allclose(example.teacher_logprobs, best.values.numpy(), atol=1e-4)
             model.float()
 
 
-def test_a_local_teacher_of_other_tokens_is_an_error_unless_aligned(tmp_path):
+def test_local_teacher_with_other_tokens_requires_align(tmp_path):
     model = teacher_model(OTHER)
     with store_at(tmp_path) as store:
         with pytest.raises(TokenizersDiffer, match="other tokens than the student's"):
             add_local_logprobs(model, OTHER, TRACES, TOKENIZER, store)
         assert add_local_logprobs(model, OTHER, TRACES, TOKENIZER, store, align=True) == []
-    for example, trace in zip(filled(SignalStore.open(tmp_path)), TRACES, strict=True):
+    for example, trace in zip(filled_examples(SignalStore.open(tmp_path)), TRACES, strict=True):
         assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
         check_aligned(model, example, trace)
 
 
 def check_aligned(model, example, trace):
-    """Where the student's token is its first candidate, the teacher's probability of the same text is beside it."""
+    """Each row of log-probs agrees with one row of the teacher's own softmax."""
     prompt = OTHER(format_prompt(trace.problem, OTHER), add_special_tokens=False).input_ids
     written = OTHER(trace.completion(), add_special_tokens=False).input_ids
-    table = exact(model, prompt + written)[len(prompt) - 1 :]
+    table = exact_logprobs(model, prompt + written)[len(prompt) - 1 :]
     sets = [set(np.round(row.numpy(), 4)) for row in table[: len(written)]]
     for values in example.teacher_logprobs:
         known = {round(float(v), 4) for v in values if v > -math.inf}
         assert any(all(min(abs(v - w) for w in row) < 2e-4 for v in known) for row in sets)
 
 
-def test_scoring_goes_on_where_it_stopped(tmp_path):
+def test_scoring_resumes(tmp_path):
     model, calls = teacher_model(TOKENIZER), []
     with store_at(tmp_path) as store:
         add_local_logprobs(model, TOKENIZER, TRACES[:2], TOKENIZER, store)
@@ -168,14 +170,14 @@ def test_scoring_goes_on_where_it_stopped(tmp_path):
     assert calls == [(1, 1)] and len(SignalStore.open(tmp_path)) == 3
 
 
-def test_a_trace_that_is_too_long_is_refused_with_the_reason(tmp_path):
+def test_overlong_trace_is_refused_with_the_reason(tmp_path):
     with store_at(tmp_path) as store:
         refused = add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store, max_tokens=60)
     assert refused and "at most 60 tokens" in refused[0][1]
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "echo"])
-def test_a_server_of_the_same_tokens_says_what_the_model_says(tmp_path, dialect):
+def test_server_logprobs_match_the_model(tmp_path, dialect):
     ascii_only = [trace for trace in TRACES if trace.completion().isascii()] if dialect == "echo" else TRACES
     model = teacher_model(TOKENIZER)
     with serving(model, TOKENIZER) as server, store_at(tmp_path) as store:
@@ -184,30 +186,30 @@ def test_a_server_of_the_same_tokens_says_what_the_model_says(tmp_path, dialect)
         sent = len(server.requests)
         add_server_logprobs(server.client(), ascii_only, TOKENIZER, store, dialect=dialect)
         assert len(server.requests) == sent == len(ascii_only) + 2
-    examples = filled(SignalStore.open(tmp_path), ascii_only)
+    examples = filled_examples(SignalStore.open(tmp_path), ascii_only)
     if dialect == "vllm":
         check_exact(model, examples)
     for example in examples:
         rows = torch.tensor(example.teacher_rows)
-        table = exact(model, example.input_ids)[rows]
+        table = exact_logprobs(model, example.input_ids)[rows]
         values = table.gather(1, torch.tensor(example.teacher_ids).long()).float()
         known = torch.tensor(example.teacher_logprobs) > -math.inf
         torch.testing.assert_close(torch.tensor(example.teacher_logprobs)[known], values[known], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "echo"])
-def test_a_server_of_other_tokens_is_an_error_unless_aligned(tmp_path, dialect):
+def test_server_with_other_tokens_requires_align(tmp_path, dialect):
     ascii_trace = TRACES[1:2]
     with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
         with pytest.raises(TokenizersDiffer, match="align"):
             add_server_logprobs(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect)
         assert add_server_logprobs(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect, align=True) == []
-    [example] = filled(SignalStore.open(tmp_path), ascii_trace)
+    [example] = filled_examples(SignalStore.open(tmp_path), ascii_trace)
     assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "echo"])
-def test_a_server_of_other_tokens_reads_what_came_before_the_problem(tmp_path, dialect):
+def test_server_with_other_tokens_reads_earlier_turns(tmp_path, dialect):
     turns = ({"role": "user", "content": "Add 12."}, {"role": "assistant", "content": "To what?"})
     trace = Trace("To 30.", TEXTS[0], "42", system="Be brief.", turns=turns)
     with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
@@ -215,7 +217,7 @@ def test_a_server_of_other_tokens_reads_what_came_before_the_problem(tmp_path, d
     assert server.requests[0]["prompt"].startswith("Be brief.\n\nAdd 12.\n\nTo what?\n\nTo 30.") and len(store) == 1
 
 
-def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
+def test_trace_refused_by_a_server_does_not_stop_the_others(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.faults, server.says = [400], b"the maximum context length is 64 tokens"
         [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
@@ -223,7 +225,7 @@ def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
 
 
 def answering_logits(server, times):
-    """Let a server's first replies hold logits instead of log-probs."""
+    """Make a server's first `times` replies hold logits instead of log-probs."""
     answer, sent = server.complete, []
 
     def complete(body):
@@ -237,14 +239,14 @@ def answering_logits(server, times):
     server.complete = complete
 
 
-def test_a_trace_with_logits_for_log_probs_does_not_stop_the_others(tmp_path):
+def test_logits_for_one_trace_do_not_stop_the_others(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         answering_logits(server, 1)
         [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
     assert trace == TRACES[0] and "t0: " in reason and "are they logits" in reason and len(store) == 2
 
 
-def test_a_server_that_sends_logits_for_every_trace_ends_it(tmp_path):
+def test_logits_for_every_trace_stop_the_scoring(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         answering_logits(server, 99)
         with pytest.raises(ServerError, match="are they logits"):
@@ -252,10 +254,10 @@ def test_a_server_that_sends_logits_for_every_trace_ends_it(tmp_path):
         assert len(server.requests) < 9 and len(store) == 0
 
 
-def test_a_trace_that_a_local_teacher_cannot_score_does_not_stop_the_others(tmp_path, monkeypatch):
+def test_nan_for_one_trace_does_not_stop_the_others(tmp_path, monkeypatch):
     def with_nan(*args):
         ids, values = top_k(*args)
-        values[0] = math.nan  # of the first trace
+        values[0] = math.nan  # in the first trace
         return ids, values
 
     top_k = logprobs._top_k
@@ -265,13 +267,13 @@ def test_a_trace_that_a_local_teacher_cannot_score_does_not_stop_the_others(tmp_
     assert trace == TRACES[0] and "t0: " in reason and len(SignalStore.open(tmp_path)) == 2
 
 
-def test_at_least_one_trace_is_read_at_a_time(tmp_path):
+def test_zero_concurrency_is_refused(tmp_path):
     with store_at(tmp_path) as store, pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
         add_server_logprobs(Server("http://127.0.0.1:9/v1", "m"), TRACES, TOKENIZER, store, concurrency=0)
 
 
 @pytest.mark.parametrize("status", [400, 401])
-def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
+def test_refusal_of_every_trace_stops_the_scoring(tmp_path, status):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.faults = [status] * 99
         with pytest.raises(ServerError, match=f"returned {status}"):
@@ -279,7 +281,7 @@ def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
         assert len(server.requests) < 9 and len(store) == 0
 
 
-def test_traces_that_an_earlier_call_left_refused_do_not_keep_it_from_the_others(tmp_path):
+def test_refused_traces_of_an_earlier_call_do_not_stop_the_scoring(tmp_path):
     traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(10)]
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         add_server_logprobs(server.client(), traces[:1], TOKENIZER, store)
@@ -289,13 +291,13 @@ def test_traces_that_an_earlier_call_left_refused_do_not_keep_it_from_the_others
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), ServerError("it is gone", status=500)])
-def test_answers_of_a_batch_that_ends_early_are_kept(tmp_path, monkeypatch, fault):
-    """The third of twelve traces fails while the second and the fourth are under way; then nothing more is sent."""
+def test_pending_answers_are_kept_after_an_early_end(tmp_path, monkeypatch, fault):
+    """The third of twelve traces fails while the second and the fourth are pending; then nothing more is sent."""
     traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(12)]
-    read, failed, asked = server_logprobs._Reader.read, Event(), []
+    read, failed, started = server_logprobs._Reader.read, Event(), []
 
     def read_or_fail(reader, task):
-        asked.append(number := int(task.trace.answer))
+        started.append(number := int(task.trace.answer))
         if number == 2:
             failed.set()
             raise fault
@@ -310,11 +312,11 @@ def test_answers_of_a_batch_that_ends_early_are_kept(tmp_path, monkeypatch, faul
         pytest.raises(type(fault)),
     ):
         add_server_logprobs(server.client(), traces, TOKENIZER, store, concurrency=3)
-    assert len(SignalStore.open(tmp_path)) == len(asked) - 1
-    assert len(asked) < len(traces)
+    assert len(SignalStore.open(tmp_path)) == len(started) - 1
+    assert len(started) < len(traces)
 
 
-def test_a_server_that_scores_no_prompts_is_named(tmp_path):
+def test_server_that_scores_no_prompts_is_reported(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"text": "hello"}]}
         with pytest.raises(ServerError, match="sends no prompt_logprobs"):
@@ -322,7 +324,7 @@ def test_a_server_that_scores_no_prompts_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "echo"])
-def test_log_probs_of_an_unknown_shape_are_named(tmp_path, dialect):
+def test_logprobs_of_an_unknown_shape_are_reported(tmp_path, dialect):
     pairs, as_of_chats = [[5, -0.1]] * len(encode(TRACES[1], TOKENIZER).input_ids), {"content": [{"token": "1"}]}
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"prompt_logprobs": pairs, "logprobs": as_of_chats}]}
@@ -331,24 +333,24 @@ def test_log_probs_of_an_unknown_shape_are_named(tmp_path, dialect):
 
 
 @pytest.mark.parametrize("served", [TOKENIZER, OTHER], ids=["same tokens", "other tokens"])
-def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, served):
+def test_logprobs_of_a_reply_reach_its_trace(tmp_path, served):
     reply = "<plan>Add.</plan>\nAdd 12 and 30.\n12 + 30 = 42.\n\n<answer>42</answer>"
     with serving(teacher_model(served), served, script=lambda problem: reply) as server:
         taught = teach(server.client(), [Question("12 + 30?")], tmp_path / "taught", top_logprobs=K)
     [trace], [record] = taught.traces, taught.replies
     with store_at(tmp_path / "signals") as store:
         assert add_reply_logprobs(trace, record, TOKENIZER, store) is None
-    [example] = filled(SignalStore.open(tmp_path / "signals"), [trace])
+    [example] = filled_examples(SignalStore.open(tmp_path / "signals"), [trace])
     labels = example.labels[example.teacher_rows]
     if served is TOKENIZER:
-        # All of the reasoning and the answer, which the reply writes as the trace does; not the plan.
+        # The reasoning and the answer, which the reply and the trace spell alike, but not the plan.
         assert TOKENIZER.decode(labels) == "Add 12 and 30.\n12 + 30 = 42.\n\n<answer>42</answer>"
-    said = np.array([value for _, top in record["logprobs"] for _, value in top], dtype=np.float32)
+    sent = np.array([value for _, top in record["logprobs"] for _, value in top], dtype=np.float32)
     kept = example.teacher_logprobs[example.teacher_logprobs > -math.inf]
-    assert len(labels) > 5 and np.isin(kept, said).all()
+    assert len(labels) > 5 and np.isin(kept, sent).all()
 
 
-def test_log_probs_of_stored_replies_take_no_memory(tmp_path):
+def test_stored_logprobs_take_no_memory(tmp_path):
     tokens = [["a", [[f"token {i}", -i / 7] for i in range(20)]]] * 1000
     replies = {f"key {i}": [[str(i), tokens[0][1]], *tokens[1:]] for i in range(30)}
     fields = {"text": "", "thinking": "", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
@@ -362,7 +364,7 @@ def test_log_probs_of_stored_replies_take_no_memory(tmp_path):
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 2**20  # one reply alone takes more
+    assert held < 2**20  # a single reply takes more
     for one in (store, again):
         assert {key: list(one.get(SimpleNamespace(key=key))["logprobs"]) for key in replies} == replies
 
@@ -375,23 +377,23 @@ def test_log_probs_of_stored_replies_take_no_memory(tmp_path):
     ],
     ids=["end of turn", "thought"],
 )
-def test_tokens_that_are_no_text_of_a_reply_may_be_among_its_log_probs(tmp_path, text, thinking, written):
+def test_reply_logprobs_may_include_tokens_outside_its_text(tmp_path, text, thinking, written):
     spelled = [bytes([byte]).decode("latin-1") for byte in written.encode()]
     reply = {"text": text, "thinking": thinking, "logprobs": [[letter, [[letter, -0.1]]] for letter in spelled]}
     trace, tokenizer = Trace("12 + 30?", "Add.", "42"), byte_level()
     with store_at(tmp_path, tokenizer) as store:
         assert add_reply_logprobs(trace, reply, tokenizer, store) is None
-    [example] = filled(SignalStore.open(tmp_path), [trace], tokenizer)
+    [example] = filled_examples(SignalStore.open(tmp_path), [trace], tokenizer)
     assert tokenizer.decode(example.labels[example.teacher_rows]).startswith("Add.\n")
 
 
-def test_a_reply_without_log_probs_says_so(tmp_path):
+def test_reply_without_logprobs_is_refused(tmp_path):
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
     with store_at(tmp_path) as store:
         assert "no log-probs" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
 
 
-def test_a_reply_with_logits_for_log_probs_says_so(tmp_path):
+def test_reply_with_logits_is_refused(tmp_path):
     spelled = [bytes([byte]).decode("latin-1") for byte in b"Add.\n\n<answer>1</answer>"]
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": [[letter, [[letter, 3.0]]] for letter in spelled]}
     tokenizer = byte_level()
@@ -399,7 +401,7 @@ def test_a_reply_with_logits_for_log_probs_says_so(tmp_path):
         assert "are they logits" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, tokenizer, store)
 
 
-def test_the_command_says_why_replies_gave_no_log_probs(tmp_path, monkeypatch, capsys):
+def test_command_reports_why_replies_gave_no_logprobs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda student: TOKENIZER)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": f"{i}?", "id": f"q{i}"}) + "\n" for i in range(7)))
     with serving(teacher_model(TOKENIZER), TOKENIZER, script=lambda problem: "Add.\n<answer>1</answer>") as server:
@@ -420,13 +422,13 @@ def test_the_command_says_why_replies_gave_no_log_probs(tmp_path, monkeypatch, c
 # The store
 
 
-def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
+def test_store_accepts_only_its_own_traces_and_settings(tmp_path):
     with store_at(tmp_path) as store:
         add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
     changed = Trace(TRACES[0].problem, TRACES[0].reasoning + "!", TRACES[0].answer)
     missing = SignalStore.open(tmp_path).fill([encode(trace, TOKENIZER) for trace in (TRACES[0], changed)])
     assert len(missing) == 1
-    later = encode(TRACES[0], TOKENIZER)  # the same tokens, trained from a later one on
+    later = encode(TRACES[0], TOKENIZER)  # the same tokens, trained from a later position on
     later.labels[np.flatnonzero(later.labels != IGNORE)[0]] = IGNORE
     assert SignalStore.open(tmp_path).fill([later]) == [later]
     for other in (dict(k=K + 1), dict(tokenizer=OTHER)):
@@ -438,10 +440,10 @@ def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
     assert store_at(tmp_path / "empty", k=K + 1).k == SignalStore.open(tmp_path / "empty").k == K + 1
 
 
-def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):
+def test_each_shard_is_read_once_in_any_order(tmp_path, monkeypatch):
     examples = [encode(trace, TOKENIZER) for trace in TRACES * 2]
     for number, example in enumerate(examples):
-        example.input_ids[0] = number  # no two are the same
+        example.input_ids[0] = number  # makes every example unique
     with store_at(tmp_path) as store:
         for number, example in enumerate(examples):
             rows = np.flatnonzero(example.labels != IGNORE)
@@ -450,7 +452,7 @@ def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):
                 store.flush()
     for example in examples:
         example.teacher_ids = None
-    assert store.fill(examples) == []  # the store that wrote the shards knows where each is
+    assert store.fill(examples) == []  # the store that wrote the shards has their index
     assert [int(example.teacher_ids[0, 0]) for example in examples] == list(range(6))
     store, read = SignalStore.open(tmp_path), []
     monkeypatch.setattr("rbfast.data.signal_store.load", lambda data: read.append(data) or load(data))
@@ -461,7 +463,7 @@ def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):
     assert all(example.teacher_logprobs.base is None for example in examples)
 
 
-def test_a_broken_store_is_named(tmp_path):
+def test_broken_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a folder that `rbfast teach --score` wrote"):
         SignalStore.open(tmp_path / "absent")
     with store_at(tmp_path) as store:
@@ -478,7 +480,7 @@ def test_a_broken_store_is_named(tmp_path):
         SignalStore.open(tmp_path)
 
 
-def test_two_stores_of_one_folder_do_not_replace_each_others_shards(tmp_path):
+def test_two_stores_of_one_folder_keep_each_others_shards(tmp_path):
     examples, row = [encode(trace, TOKENIZER) for trace in TRACES[:2]], np.array([3])
     stores = [SignalStore(tmp_path, "tiny", 1, len(TOKENIZER)) for _ in examples]
     for example, store in zip(examples, stores, strict=True):
@@ -487,7 +489,7 @@ def test_two_stores_of_one_folder_do_not_replace_each_others_shards(tmp_path):
     assert SignalStore.open(tmp_path).fill(examples) == []
 
 
-def test_ids_above_sixteen_bits_are_kept(tmp_path):
+def test_ids_above_16_bits_are_kept(tmp_path):
     example, row, last = encode(TRACES[0], TOKENIZER), np.array([3]), 2**16
     with SignalStore(tmp_path, "tiny", 1, last + 1) as store:
         store.add(example, row, np.array([[last]]), np.array([[-0.5]]))
@@ -502,7 +504,7 @@ def test_logits_and_nan_are_refused(tmp_path):
                 store.add(example, np.array([1]), np.array([[1, 2]]), np.array(values))
 
 
-def test_a_token_takes_a_few_hundred_bytes(tmp_path):
+def test_stored_token_takes_a_few_hundred_bytes(tmp_path):
     with store_at(tmp_path, k=32) as store:
         add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES * 1, TOKENIZER, store)
     tokens = sum((encode(trace, TOKENIZER).labels != IGNORE).sum() for trace in TRACES)
@@ -510,8 +512,8 @@ def test_a_token_takes_a_few_hundred_bytes(tmp_path):
     assert size / tokens < 32 * 6 + 4 + 20
 
 
-def test_sixteen_bits_would_be_too_few_near_the_teacher():
-    """A student 0.02 nats from its teacher, in fp64: what rounding the teacher's log-probs does to the gradient."""
+def test_fp16_logprobs_are_too_coarse_near_the_teacher():
+    """The gradient error from rounded teacher log-probs, for a student 0.02 nats from its teacher, in fp64."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (64, 4096))
     logits = hidden @ (0.4 * weight).T
@@ -524,6 +526,9 @@ def test_sixteen_bits_would_be_too_few_near_the_teacher():
         DistillLoss()(leaf, 0.4 * weight, labels, TopK(top.indices, logprobs.double())).loss.backward()
         return leaf.grad
 
-    exact = gradient(top.values)
-    errors = [((gradient(top.values.to(d)) - exact).norm() / exact.norm()).item() for d in (torch.float32, torch.half)]
+    exact_logprobs = gradient(top.values)
+    errors = [
+        ((gradient(top.values.to(d)) - exact_logprobs).norm() / exact_logprobs.norm()).item()
+        for d in (torch.float32, torch.half)
+    ]
     assert errors[0] < 1e-4 and 0.01 < errors[1] < 0.05

@@ -1,4 +1,4 @@
-"""Servers that refuse a parameter: it is left out or renamed, said once, and never what the user asked for by name."""
+"""Servers that refuse a parameter: it is dropped or renamed with one warning, unless the user set it by name."""
 
 import warnings
 
@@ -17,8 +17,8 @@ def refusing(*names, message="Unsupported parameter: '{}' is not supported with 
     """A server that refuses a request with any of these fields."""
 
     def answer(request):
-        found = next((name for name in names if name in request.body), None)
-        return GOOD if found is None else Answer({"error": {"message": message.format(found)}}, status)
+        refused = next((name for name in names if name in request.body), None)
+        return GOOD if refused is None else Answer({"error": {"message": message.format(refused)}}, status)
 
     return answer
 
@@ -41,28 +41,28 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("message", "status"), REFUSALS)
 @pytest.mark.parametrize("name", ["temperature", "seed"])
-def test_a_refused_parameter_is_left_out_and_said(name, message, status):
+def test_refused_parameter_is_dropped_with_a_warning(name, message, status):
     with answering(refusing(name, message=message, status=status)) as api:
-        with pytest.warns(UserWarning, match=f"refuses {name}: requests are sent without it") as said:
+        with pytest.warns(UserWarning, match=f"refuses {name}: requests are sent without it") as warned:
             assert ask(api) == GOOD
         first, second = api.bodies
-        assert first.pop(name) is not None and first == second and len(said) == 1
+        assert first.pop(name) is not None and first == second and len(warned) == 1
 
 
-def test_several_are_left_out_one_after_the_other_and_stay_so(tmp_path):
-    with answering(refusing("seed", "temperature")) as api, pytest.warns(UserWarning) as said:
+def test_several_refused_parameters_stay_dropped(tmp_path):
+    with answering(refusing("seed", "temperature")) as api, pytest.warns(UserWarning) as warned:
         server = api.client(temperature=0.7)
         assert len(teach(server, QUESTIONS, tmp_path, concurrency=1).traces) == 4
-        assert len(said) == 2 and len(api.requests) == 2 + 4
+        assert len(warned) == 2 and len(api.requests) == 2 + 4
 
 
-def test_threads_say_it_once(tmp_path):
-    with answering(refusing("seed")) as api, pytest.warns(UserWarning, match="seed") as said:
+def test_threads_warn_once(tmp_path):
+    with answering(refusing("seed")) as api, pytest.warns(UserWarning, match="seed") as warned:
         assert len(teach(api.client(), QUESTIONS, tmp_path, concurrency=4).traces) == 4
-        assert len(said) == 1
+        assert len(warned) == 1
 
 
-def test_a_value_out_of_range_is_not_left_out():
+def test_value_out_of_range_is_not_dropped():
     message = "temperature: Input should be less than or equal to 2"
     with answering(refusing("temperature", message=message)) as api:
         with warnings.catch_warnings(), pytest.raises(ServerError, match="less than or equal to 2"):
@@ -71,7 +71,7 @@ def test_a_value_out_of_range_is_not_left_out():
         assert len(api.requests) == 1
 
 
-def test_the_limit_takes_its_newer_name_and_is_never_left_out():
+def test_token_limit_is_renamed_and_never_dropped():
     message = "Unsupported parameter: '{}' is not supported with this model. Use 'max_completion_tokens' instead."
     with answering(refusing("max_tokens", message=message)) as api:
         server = api.client()
@@ -82,13 +82,13 @@ def test_the_limit_takes_its_newer_name_and_is_never_left_out():
         ask(api)
 
 
-def test_what_was_asked_for_by_name_is_never_left_out(tmp_path):
+def test_parameters_of_the_extra_body_are_never_dropped(tmp_path):
     with answering(refusing("reasoning_effort")) as api:
         taught = teach(api.client(), QUESTIONS[:1], tmp_path, extra={"reasoning_effort": "high"})
         assert taught.open == 1 and "reasoning_effort" in taught.reason
 
 
-def test_an_extra_body_is_sent_and_makes_another_reply(tmp_path):
+def test_extra_body_is_sent_and_needs_another_reply(tmp_path):
     extra = {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": True}}
     with answering(GOOD) as api:
         teach(api.client(), QUESTIONS[:1], tmp_path, extra=extra)
@@ -99,6 +99,6 @@ def test_an_extra_body_is_sent_and_makes_another_reply(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "messages", "max_tokens", "max_completion_tokens", "n", "stream"])
-def test_an_extra_body_cannot_pass_the_budget_or_change_the_question(tmp_path, name):
+def test_extra_body_cannot_change_the_budget_or_the_question(tmp_path, name):
     with answering(GOOD) as api, pytest.raises(ValueError, match=f"extra body cannot set {name}"):
         teach(api.client(), QUESTIONS, tmp_path, extra={name: 3})

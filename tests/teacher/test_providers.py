@@ -1,4 +1,4 @@
-"""Providers with an API of their own, by litellm against a server in their shapes."""
+"""Providers with their own API, through litellm, against a server that imitates them."""
 
 import logging
 import time
@@ -62,7 +62,7 @@ def provider(name, model, api, **options):
     return Provider(name, model, api.host, **{"timeout": 5, "seed": None} | options)
 
 
-def test_claude_is_asked_in_its_own_api_and_its_thinking_kept(tmp_path):
+def test_claude_uses_its_own_api_and_keeps_its_thinking(tmp_path):
     with answering(CLAUDE) as api:
         teacher = provider("anthropic", "claude-sonnet-4-5", api, temperature=1.0)
         extra = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
@@ -76,7 +76,7 @@ def test_claude_is_asked_in_its_own_api_and_its_thinking_kept(tmp_path):
     assert THOUGHT in (tmp_path / "replies.jsonl").read_text() and KEY not in (tmp_path / "replies.jsonl").read_text()
 
 
-def test_gemini_is_asked_in_its_own_api_and_its_thinking_paid(tmp_path):
+def test_gemini_uses_its_own_api_and_counts_its_thinking(tmp_path):
     with answering(GEMINI) as api:
         teacher = provider("gemini", "gemini-2.5-pro", api)
         taught = teach(teacher, [QUESTION], tmp_path, max_tokens=5000, extra={"reasoning_effort": "high"})
@@ -89,13 +89,13 @@ def test_gemini_is_asked_in_its_own_api_and_its_thinking_paid(tmp_path):
 
 
 @pytest.mark.parametrize(("stop", "traces"), [("end_turn", 1), ("max_tokens", 0), ("refusal", 0)])
-def test_a_reply_that_was_not_finished_is_no_trace(tmp_path, stop, traces):
+def test_unfinished_reply_is_no_trace(tmp_path, stop, traces):
     with answering(CLAUDE | {"stop_reason": stop}) as api:
         taught = teach(provider("anthropic", "claude-sonnet-4-5", api), [QUESTION], tmp_path, max_tokens=5000)
     assert (len(taught.traces), taught.failed) == (traces, 1 - traces)
 
 
-def test_a_busy_provider_is_asked_again_after_the_pause_it_wants(tmp_path, monkeypatch):
+def test_busy_provider_is_retried_after_the_requested_pause(tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     busy = Answer(refusal("rate_limit_error", "slow down"), 429, {"Retry-After": "7"})
@@ -106,30 +106,30 @@ def test_a_busy_provider_is_asked_again_after_the_pause_it_wants(tmp_path, monke
     assert pauses[0] == 7 and len(pauses) == 2
 
 
-def test_a_wrong_key_ends_it_at_once_and_is_not_shown(tmp_path, caplog, capfd):
+def test_wrong_key_fails_at_once_and_is_not_shown(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     with answering(Answer(refusal("authentication_error", f"invalid x-api-key {KEY}"), 401)) as api:
         with pytest.raises(ServerError, match="returned 401") as caught:
             teach(provider("anthropic", "claude-sonnet-4-5", api), [QUESTION] * 3, tmp_path, concurrency=1)
         assert len(api.requests) == 1
-    said = capfd.readouterr()
-    for text in (str(caught.value), repr(caught.value), caplog.text, said.out, said.err):
+    printed = capfd.readouterr()
+    for text in (str(caught.value), repr(caught.value), caplog.text, printed.out, printed.err):
         assert KEY not in text
-    assert "Give Feedback" not in said.out  # litellm would print it
+    assert "Give Feedback" not in printed.out  # litellm prints it by default
 
 
 @pytest.mark.parametrize("name", ["AIMLAPI_KEY", "SCW_SECRET_KEY", "AWS_BEARER_TOKEN_BEDROCK", "SNOWFLAKE_JWT"])
-def test_the_key_of_every_provider_is_hidden(monkeypatch, name):
+def test_key_of_every_provider_is_hidden(monkeypatch, name):
     from rbfast.teacher.providers import Provider
 
     monkeypatch.setenv(name, "another-0123456789")
     assert Provider("anthropic", "m").hide("bad key another-0123456789.") == f"bad key {'*' * 18}."
 
 
-def test_parameters_that_a_provider_refuses_are_left_out_and_said(tmp_path):
-    """litellm knows that Claude has no seed; the provider says itself what it doesn't take beside thinking."""
-    said = "`temperature` may only be set to 1 when thinking is enabled."
-    with answering(Answer(refusal("invalid_request_error", said), 400), CLAUDE) as api:
+def test_refused_parameters_are_dropped_with_a_warning(tmp_path):
+    """litellm knows that Claude has no seed. The provider itself refuses a temperature with thinking."""
+    message = "`temperature` may only be set to 1 when thinking is enabled."
+    with answering(Answer(refusal("invalid_request_error", message), 400), CLAUDE) as api:
         teacher = provider("anthropic", "claude-sonnet-4-5", api, temperature=0.7, seed=0)
         with pytest.warns(UserWarning) as warned:
             assert len(teach(teacher, [QUESTION], tmp_path).traces) == 1
@@ -140,14 +140,14 @@ def test_parameters_that_a_provider_refuses_are_left_out_and_said(tmp_path):
     ]
 
 
-def test_a_mistyped_provider_is_an_error_that_suggests_one(tmp_path, capsys):
+def test_mistyped_provider_is_refused_with_a_suggestion(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"problem": "2 + 2?"}\n')
     command = ["teach", "m", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--provider", "antropic"]
     assert main(command) == 2
     assert "unknown provider 'antropic': use one that litellm knows, like anthropic" in capsys.readouterr().err
 
 
-def test_the_command_line_asks_a_provider(tmp_path, capsys):
+def test_command_line_queries_a_provider(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"problem": "2 + 2?", "answer": 4}\n')
     with answering(CLAUDE) as api:
         command = ["teach", "claude-sonnet-4-5", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--json"]
@@ -156,7 +156,7 @@ def test_the_command_line_asks_a_provider(tmp_path, capsys):
     assert '"traces": 1' in capsys.readouterr().out
 
 
-def test_gemini_is_given_the_pause_that_its_error_names(tmp_path, monkeypatch):
+def test_pause_in_a_gemini_error_is_honoured(tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37.5s"}]

@@ -1,4 +1,4 @@
-"""Replies in every shape that servers send: where the thinking is, how they end, what they count."""
+"""Replies in every shape that servers send: their thinking, finish reasons and token counts."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def failures(tmp_path):
 
 
 @pytest.mark.parametrize("message", SHAPES.values(), ids=SHAPES)
-def test_thinking_is_found_wherever_it_is_and_the_message_is_kept(tmp_path, message):
+def test_thinking_is_found_in_every_shape_and_the_message_is_kept(tmp_path, message):
     message = {"role": "assistant"} | message
     [trace] = taught_by(tmp_path, chat_reply(message)).traces
     assert (trace.reasoning, trace.answer) == (THOUGHT, "4")
@@ -61,13 +61,13 @@ def test_thinking_is_found_wherever_it_is_and_the_message_is_kept(tmp_path, mess
     assert again == trace
 
 
-def test_thinking_that_is_never_closed_is_no_trace(tmp_path):
+def test_unclosed_thinking_is_no_trace(tmp_path):
     assert taught_by(tmp_path, chat_reply(f"<think>{THOUGHT} {ANSWER}")).failed == 1
     assert "never closed" in failures(tmp_path)[0]
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "message"),
     [
         ("length", "cut at the token limit; raise max_tokens"),
         ("max_tokens", "cut at the token limit"),
@@ -80,18 +80,18 @@ def test_thinking_that_is_never_closed_is_no_trace(tmp_path):
         ("insufficient_system_resource", "finish_reason 'insufficient_system_resource'"),
     ],
 )
-def test_a_reply_that_was_not_finished_is_no_trace(tmp_path, reason, said):
+def test_unfinished_reply_is_no_trace(tmp_path, reason, message):
     taught = taught_by(tmp_path, chat_reply({"content": ANSWER, "reasoning": THOUGHT}, reason))
-    assert (taught.traces, taught.failed) == ([], 1) and said in failures(tmp_path)[0]
+    assert (taught.traces, taught.failed) == ([], 1) and message in failures(tmp_path)[0]
 
 
 @pytest.mark.parametrize("reason", ["stop", None, "", "STOP", "end_turn", "eos_token"])
-def test_a_reply_that_was_finished_is_one(tmp_path, reason):
+def test_finished_reply_is_a_trace(tmp_path, reason):
     assert len(taught_by(tmp_path, chat_reply({"content": ANSWER, "reasoning": THOUGHT}, reason)).traces) == 1
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "pattern"),
     [
         (chat_reply({"content": None, "refusal": "I cannot help with that."}), "refused: I cannot help"),
         (chat_reply({"content": ANSWER, "reasoning": THOUGHT}, error={"code": 502}), "with an error: .*502"),
@@ -99,16 +99,16 @@ def test_a_reply_that_was_finished_is_one(tmp_path, reason):
         (chat_reply({"content": None}), "no answer"),
     ],
 )
-def test_a_paid_reply_that_is_no_solution_is_kept_with_the_reason(tmp_path, reply, said):
+def test_paid_reply_without_a_solution_is_kept_with_the_reason(tmp_path, reply, pattern):
     taught = taught_by(tmp_path, reply)
     assert (taught.failed, taught.open, taught.written) == (1, 0, 5)
-    assert re.search(said, failures(tmp_path)[0])
+    assert re.search(pattern, failures(tmp_path)[0])
 
 
 @pytest.mark.parametrize(
     "reply", [{}, {"choices": []}, {"choices": [{}]}, {"choices": 3}, {"choices": [{"message": 1}]}]
 )
-def test_what_is_no_chat_completion_stays_open(tmp_path, reply):
+def test_reply_that_is_no_chat_completion_stays_open(tmp_path, reply):
     taught = taught_by(tmp_path, reply)
     assert taught.open == 1 and "no chat completion" in taught.reason
 
@@ -137,14 +137,14 @@ def reasoned(tokens):
         ({}, None, 300),
     ],
 )
-def test_tokens_are_counted_at_the_larger(tmp_path, usage, read, written):
+def test_larger_token_count_is_used(tmp_path, usage, read, written):
     taught = taught_by(tmp_path, chat_reply(ANSWER, usage=usage), max_tokens=300, system="")
     worst = len(QUESTION.text) + 64
     assert (taught.read, taught.written) == (worst if read is None else read, written)
 
 
-def test_a_server_that_takes_more_than_it_was_allowed_does_not_pass_the_limit(tmp_path):
-    """Each reply takes 500 tokens of hidden thinking, with 100 allowed: the next is sent only if 500 are left."""
+def test_budget_holds_when_a_server_exceeds_max_tokens(tmp_path):
+    """Each reply takes 500 tokens of hidden thinking, although 100 are allowed: the next one needs 500 left."""
     usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 510}
     questions = [Question(f"What is {n} + 2?") for n in range(9)]
     reply = chat_reply({"content": ANSWER, "reasoning": THOUGHT}, usage=usage)
@@ -155,19 +155,19 @@ def test_a_server_that_takes_more_than_it_was_allowed_does_not_pass_the_limit(tm
     assert again.cost == 1.0
 
 
-def test_thinking_that_is_counted_and_not_sent_is_said_once(tmp_path):
+def test_hidden_thinking_warns_once(tmp_path):
     usage = {"prompt_tokens": 10, "completion_tokens": 80, **reasoned(60)}
     questions = [Question(f"What is {n} + 2?") for n in range(3)]
-    with pytest.warns(UserWarning, match="counts thinking tokens but sends no thinking") as said:
+    with pytest.warns(UserWarning, match="counts thinking tokens but sends no thinking") as warned:
         taught_by(tmp_path / "hidden", chat_reply(f"So.\n{ANSWER}", usage=usage), questions=questions)
-    assert len(said) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         taught_by(tmp_path / "sent", chat_reply({"content": ANSWER, "reasoning": THOUGHT}, usage=usage))
         taught_by(tmp_path / "tagged", chat_reply(f"<think>{THOUGHT}</think>{ANSWER}", usage=usage))
 
 
-def test_log_probs_without_candidates_keep_the_text(tmp_path):
+def test_logprobs_without_candidates_keep_the_text(tmp_path):
     tokens = [{"token": "<answer>4", "bytes": None, "logprob": -0.1, "top_logprobs": None}, {"token": "</answer>"}]
     huge = [{"token": "a", "top_logprobs": [{"token": "a", "logprob": 10**400}]}]
     for number, content in enumerate([tokens, None, [{"logprob": "?"}], "?", [{"token": "a", "bytes": 2**63}], huge]):
