@@ -1,3 +1,3 @@
-"""Fixtures of the tests of the client: a server with a script, and retries that do not wait."""
+"""Fixtures for the client tests: a scripted server, and retries without pauses."""
 
 from scripted_server import no_pauses, start  # noqa: F401  (fixtures)

@@ -1,4 +1,4 @@
-"""The memory of a key-value cache, known before it is filled."""
+"""The memory of a key-value cache, computed before it is filled."""
 
 import pytest
 import torch
@@ -8,17 +8,17 @@ from transformers import Cache
 from rbfast.inference.cache import cache_bytes
 
 
-def held(value):
+def tensor_bytes(value):
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    return sum(map(held, value.values())) if isinstance(value, dict) else 0
+    return sum(map(tensor_bytes, value.values())) if isinstance(value, dict) else 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_is_what_a_long_text_takes(name):
+def test_cache_bytes_match_a_filled_cache(name):
     model = family(name)
     with torch.no_grad():
         output = model(torch.ones(3, 40, dtype=torch.long), use_cache=True)
     [cache] = [value for value in output.values() if isinstance(value, Cache)]
-    expected = sum(held(vars(layer)) for layer in cache.layers)
+    expected = sum(tensor_bytes(vars(layer)) for layer in cache.layers)
     assert cache_bytes(model, 3, 40) == pytest.approx(expected, rel=0.01)  # layers with a window hold a counter too

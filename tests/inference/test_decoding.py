@@ -1,3 +1,5 @@
+"""Batched decoding: rows independent of each other, the model left unchanged, invalid requests refused."""
+
 import contextlib
 
 import pytest
@@ -33,7 +35,7 @@ def alone(model, tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
+def test_batched_decoding_matches_each_prompt_alone(model, batch_size):
     tokenizer = tiny_tokenizer()
     expected = [alone(model, tokenizer, prompt, 24) for prompt in PROMPTS]
     assert len({len(written) for written in expected}) > 2, (
@@ -46,15 +48,15 @@ def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
     ]
 
 
-def test_the_head_gets_rows_for_which_its_weight_is_not_copied(model):
-    contiguous = []
+def test_head_gets_contiguous_rows(model):
+    contiguous = []  # for other rows the head's weight would be copied
     model.lm_head.register_forward_hook(lambda head, args, output: contiguous.append(args[0].is_contiguous()))
     complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=4)
     assert all(contiguous)
 
 
 @pytest.mark.parametrize("name", ["falcon-h1", "jamba", "lfm2"])
-def test_so_do_batches_of_a_model_that_sums_its_past_up(name):
+def test_batched_decoding_of_recurrent_models_matches_alone(name):
     model, tokenizer = family(name, vocab_size=258, initializer_range=0.5), tiny_tokenizer()
     model.generation_config.eos_token_id = STOPS
     expected = [alone(model, tokenizer, prompt, 24) for prompt in PROMPTS]
@@ -67,12 +69,12 @@ def test_so_do_batches_of_a_model_that_sums_its_past_up(name):
     assert sampled[0] == sampled[1]
 
 
-def test_the_cache_goes_by_the_name_that_this_transformers_takes(model, recwarn):
+def test_cache_is_passed_under_the_current_name(model, recwarn):
     complete(model, tiny_tokenizer(), PROMPTS[:2], max_new_tokens=4)
     assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 
 
-def test_a_batch_shrinks_once_half_of_its_rows_have_ended(model, monkeypatch):
+def test_batch_shrinks_once_half_of_its_rows_have_ended(model, monkeypatch):
     widths = []
     forward = model.forward
     monkeypatch.setattr(
@@ -96,7 +98,7 @@ def test_sampling_settings_of_the_model_are_ignored(model):
 @pytest.mark.parametrize(
     "own", [{"use_cache": False}, {"cache_implementation": "dynamic"}, {"num_beams": 2}, {"stop_strings": ["a"]}]
 )
-def test_a_models_own_settings_change_nothing(model, own):
+def test_other_generation_settings_of_the_model_are_ignored(model, own):
     tokenizer = tiny_tokenizer()
     expected = complete(model, tokenizer, PROMPTS, max_new_tokens=24)
     plain = Guide(Limits(24), interventions=())
@@ -108,7 +110,7 @@ def test_a_models_own_settings_change_nothing(model, own):
     assert own.items() <= model.generation_config.to_dict().items()
 
 
-def test_mode_and_hooks_come_back_with_the_last_of_several_threads_that_decode(model):
+def test_mode_and_hooks_return_after_the_last_concurrent_decoding(model):
     adapter = attach(model.train())
     linear = next(iter(adapter.sites().values())).linear
     first, second = evaluating(model), evaluating(model)
@@ -123,7 +125,7 @@ def test_mode_and_hooks_come_back_with_the_last_of_several_threads_that_decode(m
     adapter.detach()
 
 
-def test_a_model_that_is_put_into_training_mode_meanwhile_decodes_in_evaluation_mode(model):
+def test_decoding_enforces_evaluation_mode(model):
     with evaluating(model):
         model.train()
         with evaluating(model):
@@ -145,7 +147,7 @@ def test_training_mode_is_restored_and_progress_counts_prompts(model):
     assert complete(model, tiny_tokenizer(), []) == []
 
 
-def test_a_folded_adapter_writes_without_hooks_and_gets_them_back(model, monkeypatch):
+def test_folded_adapter_decodes_without_hooks_and_regains_them(model, monkeypatch):
     adapter = attach(model)
     disturb(adapter, size=1.0)
     tokenizer, hooked = tiny_tokenizer(), []
@@ -167,14 +169,14 @@ def test_a_folded_adapter_writes_without_hooks_and_gets_them_back(model, monkeyp
     assert all(linear._forward_hooks and linear._forward_pre_hooks for linear in linears)
 
 
-def test_a_compiled_model_keeps_its_generation_config(model):
+def test_compiled_model_keeps_its_generation_config(model):
     own, expected = model.generation_config, complete(model, tiny_tokenizer(), ["ab"], max_new_tokens=4)
     assert complete(torch.compile(model), tiny_tokenizer(), ["ab"], max_new_tokens=4) == expected
     assert model.generation_config is own
 
 
-def test_a_model_of_a_class_that_cannot_be_made_anew_decodes(model):
-    class Sharded(type(model)):  # as FSDP2's
+def test_model_whose_class_cannot_be_instantiated_decodes(model):
+    class Sharded(type(model)):  # like FSDP2's classes
         def __new__(cls):
             raise TypeError
 
@@ -183,19 +185,19 @@ def test_a_model_of_a_class_that_cannot_be_made_anew_decodes(model):
     assert complete(model, tiny_tokenizer(), ["ab"], max_new_tokens=4) == expected
 
 
-def test_what_does_not_fit_is_refused(model):
+def test_requests_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="longest prompt has 250 tokens and 10 more"):
         complete(model, tiny_tokenizer(), ["short", "x" * 250], max_new_tokens=10)
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=0, batch_size=4)
 
 
-def test_an_empty_prompt_is_refused(model):
+def test_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="every prompt needs at least one token, got ''"):
         complete(model, tiny_tokenizer(), ["a", ""])
 
 
-def test_the_end_of_turn_of_the_chat_template_ends_a_row_too(model):
+def test_end_of_turn_of_the_chat_template_ends_a_row(model):
     tokenizer = tiny_tokenizer()
     [expected] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
     last = alone(model, tokenizer, "two words", 24)[2]

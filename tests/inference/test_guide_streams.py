@@ -1,4 +1,4 @@
-"""The guide on random and adversarial streams of tokens: its budget holds, and what must stay whole does."""
+"""The guide on random and adversarial token streams: the budget holds, and constructs stay whole."""
 
 import random
 import re
@@ -16,7 +16,7 @@ from rbfast.inference.tokens import TokenState, Vocabulary
 
 BYTE_FALLBACK = byte_fallback("a")
 
-# What may go wrong at a boundary, in pieces that hypothesis puts together.
+# Pieces that are difficult at a boundary, for hypothesis to combine.
 PIECES = [
     "12", "3.5", ".", ",", "-", "1e", " ", "\n", "\n\n", "$", "$$", "`", "```", "```py\n", "\\(", "\\)", "\\[", "\\]",
     "\\$", "\\begin{a}", "\\end{a}", "</", "<", "</think", "</think>", ">", "x", "So. ", "the sum is 12. ", "e.g. ",
@@ -50,7 +50,7 @@ relaxed = settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow]
 
 @relaxed
 @given(guides, streams.map(tokens_of), st.booleans())
-def test_the_budget_is_never_exceeded_and_every_answer_ends(guide, stream, entropies):
+def test_budget_holds_and_every_answer_ends(guide, stream, entropies):
     row, fed = drive(guide, stream, entropies)
     assert len(fed) == row.state.spent <= guide.limits.budget
     assert fed[-1][0] == END and row.ids[-1] == END
@@ -60,7 +60,7 @@ def test_the_budget_is_never_exceeded_and_every_answer_ends(guide, stream, entro
 
 @relaxed
 @given(all_guides, st.one_of(streams.map(tokens_of), bytes_of_any_kind), st.booleans())
-def test_so_it_is_with_any_interventions_and_probes(guide, stream, entropies):
+def test_budget_holds_with_any_interventions_and_probes(guide, stream, entropies):
     row, fed = drive(guide, stream, entropies)
     assert row.state.phase is Phase.DONE
     assert len(fed) + row.state.probed_tokens == row.state.spent <= guide.limits.budget
@@ -72,7 +72,8 @@ def test_so_it_is_with_any_interventions_and_probes(guide, stream, entropies):
 
 @relaxed
 @given(all_guides, st.lists(st.tuples(st.sampled_from([*PIECES, "<end>"]), st.integers(1, 9)), max_size=60))
-def test_so_it_is_in_pieces_of_many_tokens_as_a_server_sends_them(guide, stream):
+def test_budget_holds_for_pieces_of_several_tokens(guide, stream):
+    """A server sends such pieces."""
     row, source = GuideState(guide, len, end_cost=0), iter(stream)
     row.start()
     while row.phase is not Phase.DONE:
@@ -88,14 +89,14 @@ def test_so_it_is_in_pieces_of_many_tokens_as_a_server_sends_them(guide, stream)
 
 @relaxed
 @given(guides, bytes_of_any_kind)
-def test_bytes_that_are_no_text_keep_the_budget_too(guide, stream):
+def test_budget_holds_for_invalid_utf8(guide, stream):
     row, fed = drive(guide, stream)
     assert len(fed) == row.state.spent <= guide.limits.budget and row.ids[-1] == END
 
 
 @relaxed
 @given(bytes_of_any_kind)
-def test_bytes_that_are_no_text_end_no_row_of_a_vocabulary_with_byte_fallback(stream):
+def test_invalid_utf8_ends_no_row_with_byte_fallback(stream):
     tokenizer, plain = BYTE_FALLBACK, make_guide(budget=200, interventions=())
     row = TokenState(plain, Vocabulary(tokenizer, plain, [tokenizer.eos_token_id]))
     line_break, part, word = (tokenizer.convert_tokens_to_ids(token) for token in ("<0x0A>", "<0xE6>", "a"))
@@ -106,7 +107,7 @@ def test_bytes_that_are_no_text_end_no_row_of_a_vocabulary_with_byte_fallback(st
 
 @relaxed
 @given(guides, streams.map(tokens_of))
-def test_the_state_is_a_fold_over_the_tokens(guide, stream):
+def test_state_is_a_fold_over_the_tokens(guide, stream):
     row, fed = drive(guide, stream, entropies=True)
     for cut in {0, len(fed) // 2, len(fed)}:
         first, again = new_row(guide), new_row(guide)
@@ -119,7 +120,7 @@ def test_the_state_is_a_fold_over_the_tokens(guide, stream):
 
 
 def open_formula_or_code(text):
-    """What is open at the end of a text, by another way than the guide's: whole constructs are taken out first."""
+    """The construct open at the end of a text. Unlike the guide, it removes complete constructs first."""
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     if "```" in rest:
         return "code"
@@ -131,7 +132,7 @@ def open_formula_or_code(text):
     return None
 
 
-# Whole constructs, none inside of another: what is open where an intervention comes is then beyond dispute.
+# Complete constructs, not nested, so that the one open at an intervention is unambiguous.
 PLAIN_PIECES = [
     "12", "3", ".", " ", "\n", "so. ", "x", "is 4. ", "0.5", "\\(x^2 + 12\\)", "\\[12. \\]",
     "```\ny = 1.\nz = 2\n```\n",
@@ -141,7 +142,7 @@ PLAIN_PIECES = [
 
 @relaxed
 @given(guides, st.lists(st.sampled_from(PLAIN_PIECES), max_size=60).map(tokens_of))
-def test_nothing_is_put_inside_a_number_latex_or_code(guide, stream):
+def test_nothing_is_inserted_inside_numbers_latex_or_code(guide, stream):
     row, _ = drive(guide, stream, entropies=True)
     thinking = row.state.thinking
     for event in row.state.events:
@@ -153,7 +154,7 @@ def test_nothing_is_put_inside_a_number_latex_or_code(guide, stream):
         assert ended_by_the_model or not re.search(r"\d[.,]?\Z", before), (event, before)
 
 
-# Constructs that must stay whole, whatever is in them, and any text between them. None opens another.
+# Constructs that must stay whole, whatever they contain, with any text between them. They do not nest.
 WHOLE = [
     "$x = 12.5$", "$$x. \n\ny = 1.$$", "\\(x^2. 1\\)", "\\[12. \\]", "\\begin{a}1. 2\n\n\\end{a}", "`a. b!`",
     "\\boxed{12. {a. } b}", "\\alpha", "```\ny = 1.\n\nz = 2. \n```\n",
@@ -165,7 +166,7 @@ texts_with_wholes = st.lists(
 
 
 def marked(pieces):
-    """(character, number of its piece, whether what follows it belongs to the same construct or number)."""
+    """Yields (character, number of its piece, whether the next character is in the same construct or number)."""
     text = "".join(pieces)
     numbers = {i for found in re.finditer(r"\d+(?:[.,]\d+)*", text) for i in range(found.start(), found.end() - 1)}
     place = 0
@@ -178,8 +179,8 @@ def marked(pieces):
 
 @relaxed
 @given(guides, texts_with_wholes)
-def test_what_must_stay_whole_is_never_cut(guide, pieces):
-    # By the places where the stream was made up, not by reading the text again.
+def test_constructs_are_never_split(guide, pieces):
+    # Checks against the layout of the stream instead of parsing the text again.
     row, noise = new_row(guide), random.Random(0)
     source, kept = deque(marked(pieces)), []
     while not row.done:
@@ -198,4 +199,4 @@ def test_what_must_stay_whole_is_never_cut(guide, pieces):
         assert not kept or not kept[-1][2] or fence_closed, (row.state.events[-1], row.state.thinking)
         kept.clear()
         while source and source[0][1] == number and pieces[number] in WHOLE:
-            source.popleft()  # the rest of what was struck, which no model would go on with
+            source.popleft()  # skip the rest of the struck construct, which no model would continue

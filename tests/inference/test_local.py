@@ -1,4 +1,4 @@
-"""Guided inference with real batches: the same as plain generation when it is off, each row alone when it is on."""
+"""Guided inference in real batches: plain generation without interventions, independent rows with them."""
 
 import logging
 import math
@@ -38,20 +38,20 @@ def guide(**options):
     )
 
 
-def alone(model, prompt, solution):
-    """What the model would write in each place of a solution: one row, no cache, nothing ever struck."""
+def greedy_tokens(model, prompt, solution):
+    """The model's greedy token at each position of a solution: one row, no cache, nothing struck."""
     ids = TOKENIZER(prompt, add_special_tokens=False).input_ids
     whole = torch.tensor([ids + list(solution.ids)])
     with torch.no_grad():
         return model(whole).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-def put_tokens(solution):
-    """Which tokens of a solution were put in, by position (one token a byte here)."""
-    return {p for e, text in placed(solution) for p in range(e.at, e.at + len(text))}
+def inserted_positions(solution):
+    """The positions of a solution's inserted tokens (one token per byte here)."""
+    return {p for e, text in insertions(solution) for p in range(e.at, e.at + len(text))}
 
 
-def placed(solution):
+def insertions(solution):
     texts = {
         WAIT: "Wait.\n",
         WRAP_UP: "Stop.\n</think>",
@@ -66,7 +66,7 @@ def placed(solution):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_off_it_is_plain_generation_bit_by_bit(model, batch_size):
+def test_passive_guide_matches_plain_decoding(model, batch_size):
     expected = complete(model, TOKENIZER, PROMPTS, max_new_tokens=24, batch_size=batch_size)
     solutions = guided(
         model, TOKENIZER, PROMPTS, guide(budget=24, reserve=1, minimum=0, interventions=()), batch_size=batch_size
@@ -75,7 +75,7 @@ def test_off_it_is_plain_generation_bit_by_bit(model, batch_size):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_off_it_is_transformers_own_generate(seed):
+def test_passive_guide_matches_generate_of_transformers(seed):
     model = tiny_model(seed)
     model.generation_config.eos_token_id = STOPS
     settings = greedy_settings(model, TOKENIZER)
@@ -96,7 +96,7 @@ def test_rows_never_affect_each_other(model):
 
 
 class Scripted:
-    """Draws what was written for a row, whatever the model says: the text of a model that is out to do harm."""
+    """Draws adversarial text that was written for a row, whatever the model predicts."""
 
     def __init__(self, temperature, top_p):
         source = random.Random(0)
@@ -138,59 +138,59 @@ HARMFUL = [
 @pytest.mark.parametrize("probe_every", [0, 20])
 def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_every):
     monkeypatch.setattr("rbfast.inference.local.Sampler", Scripted)
-    asked = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
-    together = guided(model, TOKENIZER, PROMPTS, asked, Sampling(temperature=1.0))
+    probing = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
+    together = guided(model, TOKENIZER, PROMPTS, probing, Sampling(temperature=1.0))
     assert {e.kind for [s] in together for e in s.events} >= {WAIT, WRAP_UP, "other approach"}
     for batch_size in (1, 3):
-        assert guided(model, TOKENIZER, PROMPTS, asked, Sampling(temperature=1.0), batch_size=batch_size) == together
+        assert guided(model, TOKENIZER, PROMPTS, probing, Sampling(temperature=1.0), batch_size=batch_size) == together
     if probe_every:
         assert any(solution.probe_tokens for [solution] in together)
         return
     # The batch is the state machine of each row alone.
-    vocabulary, script = Vocabulary(TOKENIZER, asked, STOPS), Scripted(1.0, 1.0)
+    vocabulary, script = Vocabulary(TOKENIZER, probing, STOPS), Scripted(1.0, 1.0)
     for number, [solution] in enumerate(together):
-        row = TokenState(asked, vocabulary)
+        row = TokenState(probing, vocabulary)
         while not row.done:
             row.feed(row.queue[0] if row.queue else script.token(number, row.written))
         assert row.solution() == solution
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon-h1", "jamba"])
-def test_what_was_struck_leaves_no_trace(kind):
+def test_struck_text_leaves_no_trace(kind):
     model = tiny_model() if kind == "llama" else family(kind, vocab_size=258, max_position_embeddings=256)
     model.generation_config.eos_token_id = STOPS
-    # Every token that was not put in is the one that the model, reading only what is left, would write there.
+    # Every token that was not inserted is the one that the model would write after the text that is left.
     visible = torch.full((258,), -1e4)
     visible[0] = visible[2:96] = 0.0  # the end and printable characters: a token is one character
     model.lm_head.bias = torch.nn.Parameter(visible)
     checked = 0
     for prompt, [solution] in zip(PROMPTS, guided(model, TOKENIZER, PROMPTS, guide()), strict=True):
-        greedy, forced = alone(model, prompt, solution), put_tokens(solution)
+        greedy, forced = greedy_tokens(model, prompt, solution), inserted_positions(solution)
         free = [i for i in range(len(solution.thinking)) if i not in forced]
         assert [greedy[i] for i in free] == [solution.ids[i] for i in free]
         checked += any(event.struck for event in solution.events) and bool(free)
     assert checked
 
 
-def test_a_model_that_sums_its_past_up_is_probed_too():
+def test_recurrent_model_can_be_probed():
     model = family("falcon-h1", vocab_size=258, max_position_embeddings=256)
     model.generation_config.eos_token_id = STOPS
-    asked = guide(minimum=20, probe_every=8, probe_tokens=3)
-    together = guided(model, TOKENIZER, PROMPTS, asked)
-    assert guided(model, TOKENIZER, PROMPTS, asked, batch_size=1) == together
+    probing = guide(minimum=20, probe_every=8, probe_tokens=3)
+    together = guided(model, TOKENIZER, PROMPTS, probing)
+    assert guided(model, TOKENIZER, PROMPTS, probing, batch_size=1) == together
     assert any(solution.probe_tokens for [solution] in together)
 
 
-def test_what_was_struck_is_not_warned_of_as_padding(model, caplog):
+def test_struck_text_causes_no_padding_warning(model, caplog):
     log = logging.getLogger("transformers.generation.utils")
     log.addHandler(caplog.handler)
     try:
-        found = guided(model, TOKENIZER, PROMPTS, guide(), batch_size=8)
-        assert any(event.struck for [solution] in found for event in solution.events)
+        solutions = guided(model, TOKENIZER, PROMPTS, guide(), batch_size=8)
+        assert any(event.struck for [solution] in solutions for event in solution.events)
         assert "right-padding" not in caplog.text
         ids = torch.full((2, 3), 5)
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), pad_token_id=1, max_new_tokens=1)
-        assert "right-padding" in caplog.text  # of anyone's own batches
+        assert "right-padding" in caplog.text  # other batches still get the warning
     finally:
         log.removeHandler(caplog.handler)
 
@@ -202,7 +202,7 @@ def test_every_row_ends_within_its_budget(model):
             assert "</think>" in solution.thinking
 
 
-def test_the_cache_is_kept_across_interventions(model, monkeypatch):
+def test_cache_is_kept_across_interventions(model, monkeypatch):
     read = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(k["input_ids"].shape[1]) or forward(*a, **k))
@@ -231,7 +231,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model):
     assert sampled(seed=1) != first
 
 
-def test_more_samples_than_fit_take_turns(model, monkeypatch):
+def test_samples_beyond_the_batch_size_take_turns(model, monkeypatch):
     rows = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda ids, **k: rows.append(len(ids)) or generate(ids, **k))
@@ -243,7 +243,7 @@ def test_more_samples_than_fit_take_turns(model, monkeypatch):
     assert max(rows) == 3
 
 
-def test_samples_whose_turn_comes_after_the_vote_are_not_written(model, monkeypatch):
+def test_samples_after_a_decided_vote_are_not_written(model, monkeypatch):
     monkeypatch.setattr("rbfast.inference.solver.answer_key", lambda text, truncated: "same")
     [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=9, temperature=1.5), batch_size=2)
     assert [solution.abandoned for solution in samples[:4]] == [False] * 4
@@ -256,16 +256,16 @@ def test_draws_follow_the_distribution():
     n = 4000
     counts = torch.bincount(torch.tensor([draw(Sampler(2.0, 1.0), i) for i in range(n)]), minlength=4) / n
     expected = torch.softmax(scores[0] / 2, -1)
-    # five binomial standard errors
+    # Five binomial standard errors.
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
     nucleus = {draw(Sampler(1.0, 0.7), i) for i in range(200)}
-    assert nucleus == {0, 1}  # 0.665 of the mass is the first's: two are needed for 0.7
+    assert nucleus == {0, 1}  # the first holds 0.665 of the mass, so 0.7 takes two
     assert {draw(Sampler(1.0, 0.6), i) for i in range(200)} == {0}
     with pytest.raises(ValueError, match="temperature must be above 0"):
         Sampler(0.0, 1.0)
 
 
-def test_a_decided_vote_abandons_the_rest(model, monkeypatch):
+def test_decided_vote_abandons_the_rest(model, monkeypatch):
     monkeypatch.setattr("rbfast.inference.solver.answer_key", lambda text, truncated: "same")
     [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=7, temperature=1.5))
     gone = [solution for solution in samples if solution.abandoned]
@@ -278,7 +278,7 @@ def test_a_decided_vote_abandons_the_rest(model, monkeypatch):
     assert [samples[i] for i in kept] == [all_of_them[i] for i in kept]
 
 
-def test_probes_leave_the_rows_as_they_were(model):
+def test_probes_leave_the_rows_unchanged(model):
     probing = guide(probe_every=16, probe_tokens=4, probe_agree=99, budget=210)
     plain = guided(model, TOKENIZER, PROMPTS, guide(budget=210))
     for [with_probes], [without] in zip(guided(model, TOKENIZER, PROMPTS, probing), plain, strict=True):
@@ -291,23 +291,23 @@ def test_probes_leave_the_rows_as_they_were(model):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
-def test_a_model_with_a_sliding_window_is_probed_too(name, monkeypatch):
+def test_sliding_window_model_can_be_probed(name, monkeypatch):
     model = family(name, vocab_size=258, max_position_embeddings=256)
     model.generation_config.eos_token_id = STOPS
-    asked = guide(minimum=0, probe_every=4, probe_tokens=8, probe_agree=99, interventions=())
-    heard = []
+    probing = guide(minimum=0, probe_every=4, probe_tokens=8, probe_agree=99, interventions=())
+    recorded = []
     probed = TokenState.probed
-    monkeypatch.setattr(TokenState, "probed", lambda *a: heard.append(a[1:]) or probed(*a))
-    together, [*probes] = guided(model, TOKENIZER, PROMPTS, asked), heard
+    monkeypatch.setattr(TokenState, "probed", lambda *a: recorded.append(a[1:]) or probed(*a))
+    together, [*probes] = guided(model, TOKENIZER, PROMPTS, probing), recorded
     assert len(probes) > 4
-    heard.clear()
-    assert guided(model, TOKENIZER, PROMPTS, asked, batch_size=1) == together and sorted(heard) == sorted(probes)
-    heard.clear()
-    monkeypatch.setattr("rbfast.inference.decoding.new_cache", lambda model: None)  # reads each row again
-    assert guided(model, TOKENIZER, PROMPTS, asked) == together and heard == probes
+    recorded.clear()
+    assert guided(model, TOKENIZER, PROMPTS, probing, batch_size=1) == together and sorted(recorded) == sorted(probes)
+    recorded.clear()
+    monkeypatch.setattr("rbfast.inference.decoding.new_cache", lambda model: None)  # rereads each row
+    assert guided(model, TOKENIZER, PROMPTS, probing) == together and recorded == probes
 
 
-def test_entropy_is_the_definition():
+def test_entropy_matches_its_definition():
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 4
     expected = torch.distributions.Categorical(logits=scores.double()).entropy()
     torch.testing.assert_close(entropy(scores).double(), expected, rtol=1e-5, atol=1e-6)
@@ -317,7 +317,7 @@ def test_entropy_is_the_definition():
     )
 
 
-def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
+def test_calibration_is_a_quantile_of_the_models_entropies(model, monkeypatch):
     monkeypatch.setattr("rbfast.inference.local.format_prompt", lambda problem, *_: problem)
     solver = LocalSolver(model, TOKENIZER)
     low, high = (calibrate(solver, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
@@ -326,21 +326,21 @@ def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
         calibrate(solver, PROMPTS, guide(), quantile=1.5)
 
 
-def test_another_thread_may_begin_meanwhile_and_ends_at_the_same_tokens(model):
+def test_concurrent_decoding_has_the_same_end_tokens(model):
     ends, meanwhile = greedy_settings(model, TOKENIZER), []
     guided(model, TOKENIZER, ["xyz"], guide(), listen=lambda *_: meanwhile.append(greedy_settings(model, TOKENIZER)))
     assert meanwhile and all(settings == ends for settings in meanwhile)
 
 
-def test_the_listener_hears_everything_in_order(model):
-    heard = []
+def test_listener_receives_everything_in_order(model):
+    received = []
     [[solution]] = guided(
-        model, TOKENIZER, ["xyz"], guide(), listen=lambda row, kind, text: heard.append((row, kind, text))
+        model, TOKENIZER, ["xyz"], guide(), listen=lambda row, kind, text: received.append((row, kind, text))
     )
-    assert {row for row, _, _ in heard} == {0}
-    put = [kind for _, kind, _ in heard if kind not in ("think", "answer")]
-    assert put[: len(solution.events)] == [event.kind for event in solution.events]
-    assert "".join(text for _, kind, text in heard if kind == "answer") in solution.answer
+    assert {row for row, _, _ in received} == {0}
+    inserted = [kind for _, kind, _ in received if kind not in ("think", "answer")]
+    assert inserted[: len(solution.events)] == [event.kind for event in solution.events]
+    assert "".join(text for _, kind, text in received if kind == "answer") in solution.answer
 
 
 def test_markers_suit_the_tokenizer():
@@ -352,20 +352,22 @@ def test_markers_suit_the_tokenizer():
     thinking.chat_template = "{% for m in messages %}{{ (m.reasoning or '') + '</think>\n' + m.content }}{% endfor %}"
     thinking.chat_template = thinking.chat_template.replace("{{ (", "{{ m.content if m.role == 'user' else (")
     assert (phrases_for(thinking).close, phrases_for(thinking).probe) == ("</think>", "\n\\boxed{")
-    assert len(Vocabulary(TOKENIZER, Guide(Limits(500)), [0]).encode("</think>")) == 8  # a marker may be a sequence
+    assert (
+        len(Vocabulary(TOKENIZER, Guide(Limits(500)), [0]).encode("</think>")) == 8
+    )  # a marker may take several tokens
 
 
-def test_a_solver_asks_by_its_instruction_in_batches_of_its_size(model, monkeypatch):
-    asked = []
-    monkeypatch.setattr("rbfast.inference.local.guided", lambda *args, **others: asked.append((args, others)))
+def test_solver_uses_its_instruction_and_batch_size(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr("rbfast.inference.local.guided", lambda *args, **others: calls.append((args, others)))
     solver = LocalSolver(model, TOKENIZER, batch_size=3, instruction=BOXED)
     solver.solve(["2 + 2?"], guide())
-    [((_, _, prompts, *_), others)] = asked
+    [((_, _, prompts, *_), others)] = calls
     assert prompts == [format_prompt("2 + 2?", TOKENIZER, BOXED)] and others["batch_size"] == 3
     assert solver.phrases().close == "\\boxed{"
 
 
-def test_bad_requests_are_refused(model):
+def test_invalid_requests_are_refused(model):
     with pytest.raises(ValueError, match="longest prompt has 200 tokens and 150 more"):
         guided(model, TOKENIZER, ["x" * 200], guide())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
@@ -381,13 +383,13 @@ def test_bad_requests_are_refused(model):
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
     ],
 )
-def test_impossible_sampling_is_refused(options, complaint):
+def test_invalid_sampling_is_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         Sampling(**options)
 
 
 @pytest.mark.slow
-def test_a_real_student_answers_within_its_budget(pristine):
+def test_real_student_answers_within_its_budget(pristine):
     model, tokenizer = pristine
     solver = LocalSolver(model, tokenizer)
     steps = Guide(Limits(budget=120, reserve=50, minimum=30), solver.phrases())

@@ -1,4 +1,4 @@
-"""The client against a real server on the loopback interface, which writes a script and misbehaves when told to."""
+"""The client against a loopback server that writes a script and misbehaves on request."""
 
 import math
 
@@ -15,27 +15,27 @@ from rbfast.teacher.client import IncompleteReply, Server, ServerError
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
-def test_a_stream_is_read_to_its_end(start):
+def test_stream_is_read_to_its_end(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
-    heard = []
-    solution = write(server, PROMPT, guide(), listen=lambda kind, text: heard.append((kind, text)))
+    received = []
+    solution = write(server, PROMPT, guide(), listen=lambda kind, text: received.append((kind, text)))
     assert (solution.thinking, solution.answer) == ("So x = 4.</think>", "It is 4.")
     assert {"thinking": "So x = 4.", "answer": "It is 4."}.items() <= solution.to_dict().items()
     assert (solution.tokens, solution.truncated, solution.events) == (8, False, ())
-    assert heard[0] == ("think", "So ") and heard[-1] == ("answer", ".")
+    assert received[0] == ("think", "So ") and received[-1] == ("answer", ".")
     assert state.requests[0]["max_tokens"] == 80 and state.requests[0]["stream"] is True
 
 
-def test_interventions_go_on_from_what_is_left(start):
+def test_interventions_continue_from_the_kept_text(start):
     state, server = start("Easy: |12|</think>|Hm, |so |3| words.\n|</think>|3")
     solution = write(server, PROMPT, guide(minimum=8))
     assert (solution.events[0].kind, solution.events[0].struck) == (WAIT, "</think>")
     assert solution.text.startswith("Easy: 12\n\nWait.\n")
-    # What the client did not read before it closed is gone; the next prompt is what was kept.
+    # Text that the client did not read before it closed is lost; the next prompt is the kept text.
     assert state.requests[1]["prompt"] == PROMPT + "Easy: 12\n\nWait.\n"
 
 
-def test_the_budget_ends_the_thinking_and_then_the_answer(start):
+def test_budget_ends_the_thinking_and_then_the_answer(start):
     _, server = start("|".join(["word "] * 500))
     solution = write(server, PROMPT, guide(budget=60, reserve=40))
     assert [event.kind for event in solution.events] == [WRAP_UP]
@@ -43,14 +43,14 @@ def test_the_budget_ends_the_thinking_and_then_the_answer(start):
     assert solution.thinking.endswith("Stop.\n</think>") and solution.answer.startswith("word ")
 
 
-def test_a_tokenizers_count_is_used(start):
+def test_given_token_count_is_used(start):
     _, server = start("|".join(["two words "] * 100))
     solution = write(server, PROMPT, guide(budget=60, reserve=20), count=lambda text: len(text.split()))
     assert solution.tokens <= 60 and 35 < len(solution.text.split()) <= 60
 
 
 @pytest.mark.parametrize("fault", ["close", "garbage"])
-def test_a_broken_stream_is_gone_on_with(start, fault):
+def test_broken_stream_is_continued(start, fault):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = [fault]
     solution = write(server, PROMPT, guide())
@@ -58,7 +58,7 @@ def test_a_broken_stream_is_gone_on_with(start, fault):
     assert state.requests[1]["prompt"] == PROMPT + "So x" and state.requests[1]["max_tokens"] == 78
 
 
-def test_a_server_that_always_breaks_off_loses_nothing(start):
+def test_text_is_kept_if_a_server_always_breaks_off(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = ["close"] * 2 + [429] * 9
     with pytest.raises(ServerError, match="429") as caught:
@@ -66,30 +66,30 @@ def test_a_server_that_always_breaks_off_loses_nothing(start):
     assert caught.value.partial.text == "So x = 4." and caught.value.status == 429
 
 
-def test_only_breaks_in_a_row_without_a_word_count_as_tries(start, no_pauses, monkeypatch):
+def test_only_consecutive_empty_streams_count_as_retries(start, no_pauses, monkeypatch):
     state, server = start("|".join(["word "] * 8) + "|</think>|4", retries=1)
     state.faults = ["close"] * 4
     assert write(server, PROMPT, guide()).answer == "4"
     tries = []
 
-    def say_nothing(*args):
+    def send_nothing(*args):
         tries.append(args)
         raise IncompleteReply("nothing")
 
-    monkeypatch.setattr("rbfast.inference.remote._one_stream", say_nothing)
+    monkeypatch.setattr("rbfast.inference.remote._one_stream", send_nothing)
     with pytest.raises(ServerError, match="broke off 2 times"):
         write(server, PROMPT, guide())
     assert len(tries) == 2
 
 
-def test_a_server_that_writes_several_tokens_in_a_piece_is_not_asked_for_more(start):
+def test_pieces_of_several_tokens_cause_no_extra_request(start):
     state, server = start(WORDS)
     state.pieces = lambda body, ignore: ["word word "]
     solution = write(server, PROMPT, guide(interventions=()))
     assert len(state.requests) == 1 and solution.tokens == 120 and solution.truncated
 
 
-def test_a_text_that_a_filter_ended_is_refused(start):
+def test_text_stopped_by_a_filter_is_refused(start):
     state, server = start("It is |4")
     state.finish = "content_filter"
     with pytest.raises(ServerError, match="content_filter") as caught:
@@ -98,14 +98,14 @@ def test_a_text_that_a_filter_ended_is_refused(start):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_busy_servers_are_asked_again(start, status):
+def test_busy_server_is_retried(start, status):
     state, server = start("</think>|4")
     state.faults = [status, status]
     assert write(server, PROMPT, guide()).answer == "4"
     assert len(state.requests) == 3
 
 
-def test_refusals_are_not_repeated(start):
+def test_refusal_is_not_retried(start):
     state, server = start("</think>|4")
     state.faults = [401]
     with pytest.raises(ServerError, match=r"returned 401: .*not now"):
@@ -113,14 +113,14 @@ def test_refusals_are_not_repeated(start):
     assert len(state.requests) == 1
 
 
-def test_a_server_that_ignores_the_limit_is_named(start):
+def test_server_that_ignores_the_limit_is_reported(start):
     state, server = start("|".join(["word "] * 500))
     state.faults = ["ignore"]
     with pytest.raises(ServerError, match="ignores max_tokens: requested at most 80, got 500"):
         write(server, PROMPT, guide())
 
 
-def test_a_server_that_ignores_the_limit_piece_by_piece_is_cut_off(start):
+def test_stream_beyond_the_limit_is_cut_off(start):
     state, server = start(WORDS)
     state.faults = ["deaf"] * 9
     solution = write(server, PROMPT, guide(budget=60))
@@ -144,7 +144,7 @@ def test_chat_is_the_fallback_and_is_checked(start):
 
 
 @pytest.mark.parametrize(("text", "closed"), [("", False), ("4", True)])
-def test_thinking_that_a_chat_reply_was_cut_in_stays_open(monkeypatch, text, closed):
+def test_thinking_of_a_chat_reply_truncated_in_it_stays_open(monkeypatch, text, closed):
     message = {"content": text, "reasoning_content": "Add."}
     reply = {"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 3}}
     monkeypatch.setattr(Server, "ask", lambda *_: reply)
@@ -152,7 +152,7 @@ def test_thinking_that_a_chat_reply_was_cut_in_stays_open(monkeypatch, text, clo
     assert solution.thinking.startswith("<think>\nAdd.\n") and ("</think>" in solution.thinking) == closed
 
 
-def test_a_refusal_says_why(monkeypatch):
+def test_refusal_in_a_chat_is_reported(monkeypatch):
     message = {"content": None, "refusal": "I do not do sums."}
     reply = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
     monkeypatch.setattr(Server, "ask", lambda *_: reply)
@@ -160,7 +160,7 @@ def test_a_refusal_says_why(monkeypatch):
         chat(Server("http://127.0.0.1:9/v1", "m"), "2+2?", guide())
 
 
-def test_nobody_there():
+def test_unreachable_server_and_invalid_url_are_reported():
     server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1)
     with pytest.raises(ServerError, match="did not answer: ConnectError"):
         write(server, PROMPT, guide())
@@ -168,7 +168,7 @@ def test_nobody_there():
         Server("localhost:8000", "m")
 
 
-def test_the_key_is_sent_and_never_shown(start, monkeypatch):
+def test_key_is_sent_and_never_shown(start, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     state, plain = start("</think>|4")
     server = Server(plain.url, "m", retries=0)
@@ -180,42 +180,42 @@ def test_the_key_is_sent_and_never_shown(start, monkeypatch):
     assert "sk-secret" not in repr(server) + str(caught.value)
 
 
-# -------------------------------------------------------------------------------------- what needs more than the text
+# ----------------------------------------------------------------------------------------- log-probs, probes and counts
 
 
 UNSURE, SURE = [math.log(0.2)] * 5, [math.log(0.999)]
 
 
-def test_an_unsure_model_is_told_to_verify(start):
+def test_unsure_model_gets_verify(start):
     state, server = start(WORDS)
     state.logprobs = [UNSURE]
-    asked = guide(budget=400, verify_above=1.0, cooldown=0, cap=1, loop_length=999)
-    solution = write(server, PROMPT, asked)
+    verifying = guide(budget=400, verify_above=1.0, cooldown=0, cap=1, loop_length=999)
+    solution = write(server, PROMPT, verifying)
     assert [event.kind for event in solution.events] == [VERIFY, WRAP_UP] and "Check.\n" in solution.thinking
     assert {round(measured, 9) for measured in solution.sentences} == {round(math.log(5), 9)}
     assert state.requests[0]["logprobs"] == 5
     state, server = start(WORDS)
     state.logprobs = [SURE]
-    assert [event.kind for event in write(server, PROMPT, asked).events] == [WRAP_UP]
+    assert [event.kind for event in write(server, PROMPT, verifying).events] == [WRAP_UP]
     state, server = start(WORDS)
     write(server, PROMPT, guide())
     assert "logprobs" not in state.requests[0]
 
 
-def test_the_rest_of_a_distribution_counts_as_one_token(start):
+def test_rest_of_a_distribution_counts_as_one_token(start):
     state, server = start("One. |</think>|4")
     state.logprobs = [[math.log(0.5), math.log(0.25)]]
     [measured] = write(server, PROMPT, guide(verify_above=9.0)).sentences
     assert measured == pytest.approx(1.5 * math.log(2))
 
 
-def test_a_server_without_log_probs_can_not_verify(start):
+def test_verify_needs_logprobs_from_the_server(start):
     _, server = start("So it is. |</think>|4")
     with pytest.raises(ServerError, match="sends no log-probs, which verify_above needs: leave it out"):
         write(server, PROMPT, guide(verify_above=1.0))
 
 
-def test_calibration_is_a_quantile_of_what_the_server_says(start):
+def test_calibration_is_a_quantile_of_the_servers_entropies(start):
     state, server = start("|".join(["On. "] * 60))
     state.logprobs = [UNSURE, SURE]
     low, high = (calibrate(ServerSolver(server), ["q"], guide(budget=50), quantile=q) for q in (0.1, 0.9))
@@ -224,7 +224,7 @@ def test_calibration_is_a_quantile_of_what_the_server_says(start):
         calibrate(ServerSolver(server), ["q"], guide(), quantile=1.0)
 
 
-def test_a_loop_gets_another_approach(start):
+def test_loop_gets_another_approach(start):
     _, server = start("|".join(["round and ", "round. "] * 20 + ["</think>", "4"]))
     solution = write(server, PROMPT, guide(loop_length=4, cooldown=0, cap=1))
     assert solution.events[0].kind == OTHER and "Else.\n" in solution.thinking
@@ -234,7 +234,7 @@ def probing(**options):
     return guide(budget=300, probe_every=5, probe_agree=2, probe_tokens=3, probe="A:", finish="</answer>", **options)
 
 
-def test_a_stable_probe_ends_the_thinking(start):
+def test_stable_probe_ends_the_thinking(start):
     state, server = start(WORDS)
     state.probed = ["5", " 4 </answer> and", "\n4\nso"]
     solution = write(server, PROMPT, probing(interventions=()), count=lambda text: len(text.split()))
@@ -246,7 +246,7 @@ def test_a_stable_probe_ends_the_thinking(start):
         (3, 0.0, "</answer>")
     }
     assert solution.thinking == "word. " * 15 + "\n\n</think>"
-    # A probe costs what it puts in, one token here, and what it writes.
+    # A probe costs the tokens it inserts, one here, and those it writes.
     assert solution.probe_tokens == 3 + 1 + 3 + 2
     assert solution.tokens == 300 and solution.text.count("word") + 1 == 300 - solution.probe_tokens
 
@@ -261,7 +261,7 @@ def test_probes_are_paid_from_the_budget(start, usage):
     assert written <= solution.tokens - solution.probe_tokens and solution.tokens <= 300
 
 
-def test_a_probe_that_ignores_the_limit_is_named(start):
+def test_probe_that_ignores_the_limit_is_reported(start):
     state, server = start(WORDS)
     state.probed = ["far more than was asked for"]
     with pytest.raises(ServerError, match="ignores max_tokens: requested at most 3, got 6") as caught:
@@ -269,27 +269,27 @@ def test_a_probe_that_ignores_the_limit_is_named(start):
     assert caught.value.partial.thinking == "word. " * 5
 
 
-def test_the_answer_goes_on_after_the_thinkings_share(start):
-    # The first request asks for the thinking's share, and ends within the answer: the reserve is still there.
+def test_answer_continues_beyond_the_thinkings_share(start):
+    # The first request covers the thinking's share and ends within the answer: the reserve is still unused.
     state, server = start("|".join(["word "] * 60 + ["</think>"] + ["answer "] * 30))
     solution = write(server, PROMPT, guide(loop_length=99))
     assert [request["max_tokens"] for request in state.requests] == [80, 40]
     assert solution.answer == "answer " * 30 and solution.tokens == 91 and not solution.truncated
 
 
-def test_pieces_of_several_tokens_are_counted_at_the_end(start):
+def test_reported_usage_corrects_the_count_of_pieces(start):
     state, server = start("two words. |</think>|it is 4")
     state.usage = "exact"
     assert write(server, PROMPT, guide()).tokens == 6
 
 
-def test_an_own_count_that_is_too_high_blames_nobody(start):
+def test_inaccurate_token_count_is_not_blamed_on_the_server(start):
     _, server = start("|".join(["word "] * 90))
     solution = write(server, PROMPT, guide(budget=61), count=lambda text: 3)
     assert solution.tokens <= 61 and solution.truncated
 
 
-def test_chunks_that_are_no_completion_are_named(start):
+def test_chunks_that_are_no_completion_are_reported(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = ["close", "nonsense"]
     with pytest.raises(ServerError, match="sent no completion: TypeError") as caught:

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 # ---------------------------------------------------------------------------------------------------------- the prompt
 
 
-def test_the_prompt_is_the_models_own():
+def test_prompt_follows_the_models_chat_template():
     tokenizer = tiny_tokenizer()
     assert prompt_for("2+2?", tokenizer).startswith("2+2?\n\n")
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
     tokenizer.bos_token = "<end>"
     assert prompt_for("2+2?", tokenizer).startswith("<end><u>2+2?\n\n")
-    # Servers add it to what they read, as the tokenizer does: twice it would be another prompt.
+    # Servers add the BOS token themselves, as this tokenizer does: the prompt must not add another.
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
@@ -48,7 +48,7 @@ def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys
     assert main([*common, "--tokenizer", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["answer"] == "4" and result["solutions"][0]["thinking"] == "So."
-    assert result["solutions"][0]["tokens"] == len("So.</think><answer>4</answer>")  # a token a byte
+    assert result["solutions"][0]["tokens"] == len("So.</think><answer>4</answer>")  # one token per byte
     assert state.requests[0]["prompt"].startswith("<u>2+2?\n\n")
     state, server = start("So <answer>|4|</answer>")
     assert main(["solve", "m", "2+2?", "--server", server.url, "--json"]) == 0
@@ -57,7 +57,7 @@ def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "magistral", "gemma-4", "cohere", "qwen3", "r1-distill"])
-def test_a_mark_that_is_a_special_token_is_asked_for(name):
+def test_special_token_markers_are_requested(name):
     tokenizer = tokenizer_of(name)
     phrases = phrases_for(tokenizer)
     is_special = any(token in phrases.close for token in tokenizer.all_special_tokens)
@@ -76,7 +76,7 @@ def test_a_mark_that_is_a_special_token_is_asked_for(name):
     assert (solution.answer, solution.events) == ("4", ())
 
 
-def test_solve_shows_what_a_server_that_only_chats_wrote(start, capsys):
+def test_solve_shows_the_text_of_a_chat_only_server(start, capsys):
     state, server = start("It is |<answer>4</answer>")
     state.completions = False
     assert main(["solve", "m", "2+2?", "--server", server.url]) == 0
@@ -90,73 +90,73 @@ def plain(**options):
     return make_guide(**{"budget": 10**6, "close": "<answer>", "finish": "</answer>"} | options)
 
 
-def says(answer):
+def answer_script(answer):
     return f"So |<answer>|{answer}|</answer>"
 
 
 ENDLESS = "|".join(["word "] * 200_000)
 
 
-def test_samples_vote_each_with_a_seed_of_its_own(start):
-    state, server = start(says(4), says(5), says(5), says(6))
+def test_samples_vote_with_their_own_seeds(start):
+    state, server = start(answer_script(4), answer_script(5), answer_script(5), answer_script(6))
     solutions = samples_of(server, plain(), samples=4, seed=4)
     assert [solution.answer for solution in solutions] == ["4</answer>", "5</answer>", "5</answer>", "6</answer>"]
     assert sorted(request["seed"] for request in state.requests) == [4, 5, 6, 7]
     assert {request["temperature"] for request in state.requests} == {0.8}
 
 
-def test_a_decided_vote_abandons_what_is_still_written(start):
-    _, server = start(says(4), says(4), ENDLESS)
+def test_decided_vote_abandons_running_samples(start):
+    _, server = start(answer_script(4), answer_script(4), ENDLESS)
     solutions = samples_of(server, plain(interventions=()), samples=3, concurrency=3)
     assert [solution.abandoned for solution in solutions] == [False, False, True]
     assert solutions[2].tokens < 200_000 and solutions[2].tokens == len(solutions[2].text.split())
 
 
-def test_a_decided_vote_does_not_ask_again(start):
-    state, server = start(says(4))
+def test_decided_vote_sends_no_more_requests(start):
+    state, server = start(answer_script(4))
     solutions = samples_of(server, plain(), samples=9, concurrency=1)
     assert len(state.requests) == 5 and [solution.tokens for solution in solutions[5:]] == [0] * 4
     assert majority([solution.answer for solution in solutions if not solution.abandoned]).votes == 5
-    state, server = start(says(4))
+    state, server = start(answer_script(4))
     samples_of(server, plain(), samples=9, concurrency=1, early_stop=False)
     assert len(state.requests) == 9
 
 
-def test_a_sample_that_fails_loses_none_of_the_others(start):
-    state, server = start(says(4), says(5), retries=0)
+def test_failed_sample_keeps_the_others(start):
+    state, server = start(answer_script(4), answer_script(5), retries=0)
     state.faults = [None, 401]
     with pytest.raises(ServerError, match="returned 401") as caught:
         samples_of(server, plain(), samples=5, concurrency=1)
     assert caught.value.status == 401 and caught.value.partial[0].answer == "4</answer>"
 
 
-def test_samples_by_chat_vote_too(start):
-    state, server = start(says(4))
+def test_samples_from_chat_vote(start):
+    state, server = start(answer_script(4))
     state.completions = False
     solutions = samples_of(server, plain(budget=500), "2+2?", samples=3)
     assert "So <answer>4</answer>" in {solution.text for solution in solutions}
 
 
-def test_problems_are_solved_one_after_the_other_each_from_its_own_seed(start):
-    state, server = start(*(says(number) for number in range(8)))
-    found = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
-    assert [[sample.answer for sample in samples] for samples in found] == [
+def test_problems_are_solved_in_order_from_their_own_seeds(start):
+    state, server = start(*(answer_script(number) for number in range(8)))
+    solutions = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
+    assert [[sample.answer for sample in samples] for samples in solutions] == [
         [f"{number}</answer>" for number in seeds] for seeds in ((2, 3), (5, 6))
     ]
     assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
     assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
-    heard = []
-    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *said: heard.append(said[0]))
-    assert heard == sorted(heard) and set(heard) == {0, 1}
+    received = []
+    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *said: received.append(said[0]))
+    assert received == sorted(received) and set(received) == {0, 1}
 
 
-def test_a_concurrency_of_none_is_refused(start):
+def test_zero_concurrency_is_refused(start):
     with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
-        ServerSolver(start(says(4))[1], concurrency=0)
+        ServerSolver(start(answer_script(4))[1], concurrency=0)
 
 
 def test_samples_vote_from_the_command_line(start, capsys):
-    state, server = start(says(4), says(5), says(4))
+    state, server = start(answer_script(4), answer_script(5), answer_script(4))
     common = ["solve", "m", "2+2?", "--server", server.url, "--samples", "3", "--json", "--concurrency", "1"]
     assert main(common) == 0
     result = json.loads(capsys.readouterr().out)
@@ -174,8 +174,8 @@ def test_samples_vote_from_the_command_line(start, capsys):
 
 
 @pytest.mark.parametrize("written", ["New Delhi", "B", r"\frac{1}{2}"])
-def test_the_command_line_shows_a_voted_answer_as_it_was_written(start, capsys, written):
-    _, server = start(says(4), says(written), says(written))
+def test_command_line_shows_a_voted_answer_as_written(start, capsys, written):
+    _, server = start(answer_script(4), answer_script(written), answer_script(written))
     assert main(["solve", "m", "2+2?", "--server", server.url, "--samples", "3", "--concurrency", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["answer"], result["votes"]) == (written, 2)

@@ -1,4 +1,4 @@
-"""A student that was trained on its template's own turns, under a guide with that template's markers."""
+"""A student trained on its template's own turns, under a guide with that template's markers."""
 
 import pytest
 from thinking_templates import CASES, tokenizer_of
@@ -25,14 +25,14 @@ def guided(tokenizer, ids, instruction=None, budget=1000) -> TokenState:
     guide = Guide(Limits(budget), phrases_for(tokenizer, instruction))
     state = TokenState(guide, Vocabulary(tokenizer, guide, [thinking_format(tokenizer).end]))
     for token in ids:
-        assert not state.done, "a guide ended the turn before its end"
+        assert not state.done, "the guide ended the turn early"
         state.feed(token)
     return state
 
 
 @pytest.mark.parametrize("instruction", [None, ANSWER, BOXED, NONE], ids=["default", "answer", "boxed", "none"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_trained_completion_goes_through_without_an_intervention(name, instruction):
+def test_trained_completion_needs_no_intervention(name, instruction):
     tokenizer = tokenizer_of(name)
     ids = trained(tokenizer, instruction)
     state = guided(tokenizer, ids, instruction)
@@ -45,8 +45,8 @@ def test_a_trained_completion_goes_through_without_an_intervention(name, instruc
 
 @pytest.mark.parametrize("instruction", [None, ANSWER, BOXED, NONE], ids=["default", "answer", "boxed", "none"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_trained_is_graded_right(name, instruction):
-    """Of a thought that states another answer, too."""
+def test_trained_completion_is_graded_right(name, instruction):
+    """Also if the thought states another answer."""
     tokenizer = tokenizer_of(name)
     thought = "The answer is 7.\n\\boxed{7}. No, it is 5." if thinking_format(tokenizer).thinks else "I add them."
     labels = encode(Trace("p", thought, "5"), tokenizer, instruction=instruction).labels
@@ -56,20 +56,22 @@ def test_what_was_trained_is_graded_right(name, instruction):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_budget_without_room_for_thinking_still_closes_it(name):
+def test_budget_without_room_for_thinking_still_closes_it(name):
     tokenizer = tokenizer_of(name)
     guide = Guide(Limits(400, reserve=400), phrases_for(tokenizer))
     state = TokenState(guide, Vocabulary(tokenizer, guide, [thinking_format(tokenizer).end]))
-    found = thinking_format(tokenizer)
-    put = tokenizer.decode(list(state.queue), skip_special_tokens=False)
+    template = thinking_format(tokenizer)
+    inserted = tokenizer.decode(list(state.queue), skip_special_tokens=False)
     assert (
-        put.startswith(found.opener + guide.phrases.wrap_up) if found.thinks else put.startswith(guide.phrases.wrap_up)
+        inserted.startswith(template.opener + guide.phrases.wrap_up)
+        if template.thinks
+        else inserted.startswith(guide.phrases.wrap_up)
     )
-    assert put.endswith(guide.phrases.close)
+    assert inserted.endswith(guide.phrases.close)
 
 
-def test_a_template_without_thinking_keeps_its_markers_whatever_its_vocabulary():
-    instruct = phrases_for(tokenizer_of("qwen3-2507-instruct"))  # its vocabulary has <think>, its template has not
+def test_template_and_not_vocabulary_decides_the_markers():
+    instruct = phrases_for(tokenizer_of("qwen3-2507-instruct"))  # <think> is in its vocabulary, but not in its template
     assert (instruct.close, instruct.finish, instruct.open) == ("<answer>", "</answer>", "")
     thinking = phrases_for(tokenizer_of("qwen3"))
     assert (thinking.close, thinking.finish, thinking.open) == ("</think>", "", "<think>\n")
@@ -77,6 +79,6 @@ def test_a_template_without_thinking_keeps_its_markers_whatever_its_vocabulary()
     assert phrases_for(tokenizer_of("qwen3"), ANSWER).probe == "\n\n<answer>"
 
 
-def test_a_prompt_may_be_told_otherwise():
+def test_prompt_opens_thinking_that_is_off_by_default():
     tokenizer = tokenizer_of("qwen3.5-small")
     assert format_prompt("p", tokenizer, NONE).endswith("user\np<|im_end|>\n<|im_start|>assistant\n<think>\n")

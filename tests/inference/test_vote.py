@@ -1,4 +1,4 @@
-"""Votes: the majority, and when it can no longer be turned."""
+"""Votes: the majority, and when it can no longer change."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from rbfast.inference.vote import decided, majority
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=8), st.integers(0, 6), st.data())
-def test_a_decided_vote_can_not_be_turned(answers, running, data):
+def test_decided_vote_cannot_change(answers, running, data):
     if decided(answers, running):
         more = data.draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=running, max_size=running))
         assert majority([*answers, *more]).answer == majority(answers).answer
@@ -21,7 +21,7 @@ def test_majority():
     assert decided(["a", "a", "a"], 2) and not decided(["a", "a"], 2) and not decided([None, None], 0)
 
 
-def test_a_sample_that_was_cut_before_its_answer_has_no_vote():
+def test_sample_truncated_before_its_answer_has_no_vote():
     def sample(text, truncated):
         return Solution(text, "", text, 9, truncated)
 
