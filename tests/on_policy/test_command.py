@@ -1,4 +1,4 @@
-"""`rbfast distill --rounds`: the command of on-policy rounds."""
+"""`rbfast distill --rounds`, the command for on-policy rounds."""
 
 import json
 import re
@@ -41,17 +41,18 @@ def distill(setup, out, *options):
     return main(["distill", *line, "--density", "0.2", "--batch-size", "3", *options])
 
 
-def of_rounds(setup, *options):
+def round_options(setup, *options):
     return ("--teacher", f"{setup.folder}/models/teacher", "--rounds", "2", "--max-new-tokens", "4", *options)
 
 
-def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
-    assert distill(setup, tmp_path / "run", *of_rounds(setup, "--samples", "2")) == 0
-    said, told = capsys.readouterr()
+def test_command_writes_trains_and_reports(setup, tmp_path, capsys):
+    assert distill(setup, tmp_path / "run", *round_options(setup, "--samples", "2")) == 0
+    output, progress = capsys.readouterr()
     assert (
-        re.search(r"round 1 of 2: 12 completions of 4 tokens, \d+% cut off, 0% right", told) and "round 2 of 2" in told
+        re.search(r"round 1 of 2: 12 completions of 4 tokens, \d+% cut off, 0% right", progress)
+        and "round 2 of 2" in progress
     )
-    assert "steps: 8" in said and "trained: 24" in said and "last_loss_answer:" in said
+    assert "steps: 8" in output and "trained: 24" in output and "last_loss_answer:" in output
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert settings["objective"] == settings["objective"] | {"beta": 1.0, "ce_share": 0.0}
     assert settings["on_policy"] == {
@@ -61,19 +62,19 @@ def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
     assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
 
 
-def test_a_plan_is_printed_and_nothing_written(setup, tmp_path, capsys):
+def test_plan_is_printed_and_nothing_written(setup, tmp_path, capsys):
     assert distill(setup, tmp_path / "run", *of_rounds(setup, "--plan", "--samples", "2")) == 0
     assert "of key-value cache" in capsys.readouterr().out
     assert not (tmp_path / "run").exists() and not Path("samples").exists()
 
 
-def test_a_teacher_may_be_behind_a_server(setup, tmp_path, capsys):
+def test_teacher_may_be_on_a_server(setup, tmp_path, capsys):
     student, teacher = (f"{setup.folder}/models/{name}" for name in ("student", "teacher"))
     with serving(
         AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(student)
     ) as server:
         options = ("--server", f"http://127.0.0.1:{server.port}/v1", "-k", "7", "--concurrency", "2")
-        assert distill(setup, tmp_path / "run", *of_rounds(setup, *options)) == 0
+        assert distill(setup, tmp_path / "run", *round_options(setup, *options)) == 0
     assert "round 2 of 2" in capsys.readouterr().err
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert settings["on_policy"]["top_k"] == 7 and settings["teacher"] == teacher
@@ -81,17 +82,17 @@ def test_a_teacher_may_be_behind_a_server(setup, tmp_path, capsys):
     assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
 
 
-def test_a_server_that_is_not_there_is_named(setup, tmp_path, capsys, monkeypatch):
+def test_unreachable_server_is_reported(setup, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        assert distill(setup, tmp_path / "run", *of_rounds(setup, "--server", url)) == 1
+        assert distill(setup, tmp_path / "run", *round_options(setup, "--server", url)) == 1
     assert url in capsys.readouterr().err
 
 
-def test_the_loss_may_be_another_divergence(setup, tmp_path):
-    assert distill(setup, tmp_path, *of_rounds(setup, "--beta", "0.5", "--json")) == 0
+def test_beta_selects_another_divergence(setup, tmp_path):
+    assert distill(setup, tmp_path, *round_options(setup, "--beta", "0.5", "--json")) == 0
     assert json.loads((tmp_path / "run.json").read_text())["objective"]["beta"] == 0.5
 
 
@@ -115,25 +116,23 @@ def test_the_loss_may_be_another_divergence(setup, tmp_path):
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(
-    setup, tmp_path, capsys, monkeypatch, options, message
-):
+def test_conflicting_options_are_refused_before_loading(setup, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr("rbfast.cli.train._load_models", None)
     assert distill(setup, tmp_path / "run", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_says_from_where_it_will_go_on(setup, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_reports_where_the_run_will_resume(setup, tmp_path, capsys, monkeypatch):
     def stop(self, number, progress):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rounds._Rounds, "start", stop)
-    assert distill(setup, tmp_path, *of_rounds(setup)) == 130
+    assert distill(setup, tmp_path, *round_options(setup)) == 130
     assert "the completions are kept; training: there is no checkpoint yet" in capsys.readouterr().err
 
 
-def test_the_python_of_the_page_runs(setup, tmp_path, monkeypatch):
+def test_python_of_the_page_runs(setup, tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     model, tokenizer = setup.random_model(2)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""On-policy rounds: the student is trained on what it writes, learns its teacher, and resumes to the same bits."""
+"""On-policy rounds: training on the student's own text, convergence to the teacher, and exact resumption."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ from rbfast.training.trainer import DistillTrainer
 INSTRUCTION = instruction_named("answer")
 
 
-def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_path, monkeypatch):
+def test_each_round_is_written_by_the_updated_student_and_trained(tmp_path, monkeypatch):
     seen = []
     start = module._Rounds.start
 
@@ -47,7 +47,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
 
     monkeypatch.setattr(module._Rounds, "start", spy)
     monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
-    ran = run(tmp_path / "run", learning_rate=0.5)  # large, so that other words are drawn soon
+    ran = run(tmp_path / "run", learning_rate=0.5)  # large, so that the samples soon change
     assert [number for number, *_ in seen] == [0, 1, 2]
     for number, _, records in seen:
         tokens = [token for at, labels in trained if at // 2 == number for token in labels]
@@ -64,7 +64,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
     losses = [entry["loss"] for entry in ran.log_history]
     assert ran.traces == 12 and not ran.found
     assert [entry["step"] for entry in ran.log_history] == [*range(1, 7)] and min(losses) >= 0
-    # The first round is the base's own text, the last one is not.
+    # The base itself writes the first round, but not the last one.
     base = Writer(student(), TOKENIZER, instruction_named("none"))
     for number, same in ((0, True), (2, False)):
         questions = [Question(record["problem"]) for record in seen[number][2]]
@@ -72,7 +72,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
         assert (again == seen[number][2]) is same
 
 
-def test_the_student_comes_closer_to_its_teacher(tmp_path):
+def test_student_approaches_its_teacher(tmp_path):
     taught = student()
     shape = dict(density=0.2, rank=3, learning_rate=3e-2, instruction="none")
     distill(taught, TOKENIZER, TRACES, tmp_path / "teacher", DistillConfig(epochs=6.0, **shape), True).adapter.merge()
@@ -85,7 +85,7 @@ def test_the_student_comes_closer_to_its_teacher(tmp_path):
     assert np.mean(losses[-3:]) < 0.3 * np.mean(losses[:3])
 
 
-def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_interrupted_run_resumes_bitwise(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     for cut_at in (0, 2, 3):  # before the first step, between two rounds, within one
         folder, model = tmp_path / f"cut{cut_at}", student()
@@ -98,16 +98,16 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         assert (folder / "log.json").read_text() == (tmp_path / "whole/log.json").read_text()
         for name, value in whole.adapter.state_dict().items():
             assert torch.equal(value, resumed.adapter.state_dict()[name])
-    found = run(tmp_path / "whole")
-    assert found.found and found.log_history == whole.log_history
+    finished = run(tmp_path / "whole")
+    assert finished.found and finished.log_history == whole.log_history
 
 
 @pytest.mark.parametrize("cut", ["while the second round is written", "after the last checkpoint"])
-def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch, cut):
+def test_killed_process_resumes_bitwise(tmp_path, monkeypatch, cut):
     def stop(*args, **kwargs):
         raise RuntimeError("power cut")
 
-    whole = run(tmp_path / "whole", save_steps=99)  # a round ends with a checkpoint of its own
+    whole = run(tmp_path / "whole", save_steps=99)  # each round ends with a checkpoint anyway
     with monkeypatch.context() as patch:
         if cut == "after the last checkpoint":
             patch.setattr("rbfast.training.distill._save", stop)
@@ -129,13 +129,13 @@ def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch, cut):
         assert torch.equal(value, resumed.adapter.state_dict()[name])
 
 
-def test_the_loss_of_a_role_is_its_divergence(tmp_path):
+def test_role_loss_is_its_divergence(tmp_path):
     ran = run(tmp_path, objective=Objective(0, 1, 0, anneal=0.0, beta=1.0, ce_share=0.0))
     for entry in ran.log_history:
         assert entry["loss_tactical"] == pytest.approx(entry["loss"], rel=1e-4)
 
 
-def test_the_student_is_asked_as_it_was_trained(tmp_path):
+def test_student_keeps_the_prompt_it_was_trained_with(tmp_path):
     first = run(tmp_path / "first")
     first.adapter.detach()
     prompt = tmp_path / "first/prompt.json"
@@ -150,32 +150,32 @@ def test_the_student_is_asked_as_it_was_trained(tmp_path):
         run(tmp_path / "plain", questions=own, **settings)
 
 
-def test_problems_that_do_not_fill_a_round_are_left_over(tmp_path):
+def test_problems_that_do_not_fill_a_round_are_left_out(tmp_path):
     with pytest.warns(UserWarning, match="2 of 12 problems are left out: 5 rounds take 2 each"):
         assert run(tmp_path, rounds=5).traces == 10
     with pytest.raises(TypeError, match=r"expected a list of Question, got str 'p': read_questions\(FILE\)"):
         run(tmp_path / "names", questions="problems.jsonl")
 
 
-def test_a_process_that_was_killed_while_it_wrote_writes_the_rest(tmp_path):
-    asked = Writer(student(), TOKENIZER, INSTRUCTION)
-    how = replace(WRITING, samples=2, batch_size=4)
+def test_killed_process_writes_the_remaining_samples(tmp_path):
+    writer = Writer(student(), TOKENIZER, INSTRUCTION)
+    writing = replace(WRITING, samples=2, batch_size=4)
     whole, calls = tmp_path / "whole", []
-    records = write_samples(asked, QUESTIONS, how, whole, "0:0", lambda *done: calls.append(done))
+    records = write_samples(writer, QUESTIONS, writing, whole, "0:0", lambda *done: calls.append(done))
     assert calls[-1] == (12, 12) and len(records) == 24
     assert [(record["number"], record["sample"]) for record in records] == [(n, s) for n in range(12) for s in range(2)]
     lines = whole.read_text().splitlines(keepends=True)
-    (tmp_path / "part").write_text("".join(lines[:7]) + lines[7][:20])  # a batch without its last problem, a torn line
-    again = write_samples(asked, QUESTIONS, how, tmp_path / "part", "0:0", lambda *_: None)
+    (tmp_path / "part").write_text("".join(lines[:7]) + lines[7][:20])  # an incomplete batch and a torn line
+    again = write_samples(writer, QUESTIONS, writing, tmp_path / "part", "0:0", lambda *_: None)
     assert again == records
-    other = write_samples(asked, QUESTIONS, how, tmp_path / "other", "0:1", lambda *_: None)
+    other = write_samples(writer, QUESTIONS, writing, tmp_path / "other", "0:1", lambda *_: None)
     assert other != records
 
 
-def test_processes_take_turns_at_the_batches(tmp_path, monkeypatch):
-    asked, write, alone = Writer(student(), TOKENIZER, INSTRUCTION), samples._write, []
+def test_processes_take_alternate_batches(tmp_path, monkeypatch):
+    writer, write, alone = Writer(student(), TOKENIZER, INSTRUCTION), samples._write, []
     monkeypatch.setattr(samples, "_write", lambda *args: alone.append(write(*args)) or alone[-1])
-    expected = write_samples(asked, QUESTIONS, WRITING, tmp_path / "alone", "0:0", lambda *_: None)
+    expected = write_samples(writer, QUESTIONS, WRITING, tmp_path / "alone", "0:0", lambda *_: None)
     assert len(alone) == 3
     monkeypatch.setattr(samples, "_write", write)
     monkeypatch.setattr(samples, "process_count", lambda: 2)
@@ -190,11 +190,11 @@ def test_processes_take_turns_at_the_batches(tmp_path, monkeypatch):
         monkeypatch.setattr(samples, "is_first_process", lambda index=index: index == 0)
         monkeypatch.setattr(samples, "gather_object", gather)
         path = tmp_path / f"{index}"
-        assert write_samples(asked, QUESTIONS, WRITING, path, "0:0", lambda *_: None) == expected
+        assert write_samples(writer, QUESTIONS, WRITING, path, "0:0", lambda *_: None) == expected
         assert gathered == mine and path.exists() == (index == 0)
 
 
-def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
+def test_plan_counts_the_cache_of_a_sample_batch(tmp_path):
     plan = run(tmp_path / "run", writing=replace(WRITING, max_new_tokens=200, batch_size=3)).plan
     model, longest = student(), plan.largest // CONFIG.batch_size
     config = model.config
@@ -208,7 +208,7 @@ def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
     assert "--shard" in str(replace(plan, memory=1, cache=0)) and "--shard" not in str(replace(plan, memory=1))
 
 
-def test_a_student_may_write_a_row_of_its_head_that_its_teacher_lacks(tmp_path):
+def test_student_may_sample_a_head_row_that_its_teacher_lacks(tmp_path):
     wide = llama(vocab_size=len(TOKENIZER) + 40, max_position_embeddings=256)
     ran = run(tmp_path, model=wide, writing=replace(WRITING, max_new_tokens=30))
     records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
@@ -216,47 +216,47 @@ def test_a_student_may_write_a_row_of_its_head_that_its_teacher_lacks(tmp_path):
     assert all(entry["loss"] >= 0 for entry in ran.log_history)
 
 
-def test_layers_that_run_again_write_the_same(tmp_path):
+def test_gradient_checkpointing_does_not_change_the_samples(tmp_path):
     plain, again = run(tmp_path / "plain"), run(tmp_path / "again", gradient_checkpointing=True)
     assert written(tmp_path / "plain") == written(tmp_path / "again")
     for name, value in plain.adapter.state_dict().items():
         torch.testing.assert_close(again.adapter.state_dict()[name], value)
 
 
-def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written():
+def test_roles_follow_the_text_and_include_a_written_end_of_turn():
     tokenizers = TOKENIZER, byte_fallback("Add one. 3 + 1 = 4 <answer> </answer> é", size=40)
     text = "First, find the plan: add one to the number.\n3 + 1 = 4 é\n\n<answer>4</answer>"
     for tokenizer in tokenizers:
-        asked = Writer(None, tokenizer, INSTRUCTION)
+        writer = Writer(None, tokenizer, INSTRUCTION)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         question = Question("What is 3 + 1?")
         prompt = tokenizer(format_prompt(question.text, tokenizer, INSTRUCTION), add_special_tokens=False).input_ids
         for end in ([], [tokenizer.eos_token_id]):
             record = {"ids": [*ids, *end], "truncated": not end}
-            example = example_of_sample(asked, question, record)
+            example = example_of_sample(writer, question, record)
             assert example.input_ids.tolist() == [*prompt, *ids, *end]
             roles = example.roles[len(prompt) - 1 : -1]
             assert len(roles) == len(record["ids"])
             assert ROLES[roles[-1]] == "answer"
-            of = {}
+            tokens_by_role = {}
             for token, role in zip(ids, roles, strict=False):
-                of.setdefault(ROLES[role], []).append(token)
-            assert "plan" in tokenizer.decode(of["strategic"])
-            assert "+ 1 =" in tokenizer.decode(of["tactical"])
-            assert "4</answer>" in tokenizer.decode(of["answer"]).replace(" ", "")
+                tokens_by_role.setdefault(ROLES[role], []).append(token)
+            assert "plan" in tokenizer.decode(tokens_by_role["strategic"])
+            assert "+ 1 =" in tokenizer.decode(tokens_by_role["tactical"])
+            assert "4</answer>" in tokenizer.decode(tokens_by_role["answer"]).replace(" ", "")
     named = tokenizer("First, I put it between <answer> and </answer>.\n3 + 1 = 4\n<answer>4</answer>").input_ids
-    roles = example_of_sample(asked, question, {"ids": named, "truncated": True}).roles
-    assert "tactical" in {ROLES[role] for role in roles[len(prompt) - 1 : -1]}  # the marker was only named at first
+    roles = example_of_sample(writer, question, {"ids": named, "truncated": True}).roles
+    assert "tactical" in {ROLES[role] for role in roles[len(prompt) - 1 : -1]}  # the first marker is only mentioned
     broken = [*tokenizer("é").input_ids[:1], *ids]  # half a character
-    roles = example_of_sample(asked, question, {"ids": broken, "truncated": True}).roles
+    roles = example_of_sample(writer, question, {"ids": broken, "truncated": True}).roles
     assert roles[-2] == example.roles[-3] and len(roles) == len(prompt) + len(broken)
-    unused = example_of_sample(asked, question, {"ids": [*ids, 10**6], "truncated": True})
+    unused = example_of_sample(writer, question, {"ids": [*ids, 10**6], "truncated": True})
     assert unused.input_ids[-1] == 10**6  # a model's vocabulary may be larger than its tokenizer's
-    nothing = example_of_sample(asked, question, {"ids": [tokenizer.eos_token_id], "truncated": False})
+    nothing = example_of_sample(writer, question, {"ids": [tokenizer.eos_token_id], "truncated": False})
     assert nothing.labels[-2] == tokenizer.eos_token_id and ROLES[nothing.roles[-2]] == "answer"
 
 
-def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path):
+def test_run_continues_from_an_adapter_into_a_readable_run_folder(tmp_path):
     first = run(tmp_path / "first")
     first.adapter.detach()
     config = dict(density=DEFAULTS.density, rank=None)
@@ -265,7 +265,7 @@ def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path)
     SparseAdapter.from_pretrained(model, tmp_path / "second")
     folder = read_run(tmp_path / "second")
     assert folder.settings["on_policy"]["rounds"] == 3 and len(folder.log) == 6
-    assert folder.measurements == []  # what it wrote for itself is no evaluation
+    assert folder.measurements == []  # its training samples are no evaluation
 
 
 @pytest.mark.parametrize(
@@ -281,14 +281,14 @@ def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path)
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(tmp_path, settings, message):
+def test_invalid_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changed", [{"max_new_tokens": 7}, {"samples": 2}, {"temperature": 0.5}, {"top_p": 0.9}])
-def test_another_way_of_writing_is_another_run(tmp_path, changed):
+def test_changed_sampling_is_another_run(tmp_path, changed):
     run(tmp_path)
     with pytest.raises(ValueError, match="its on_policy is"):
         run(tmp_path, writing=replace(WRITING, **changed))
@@ -307,21 +307,21 @@ def test_numbers_out_of_range_are_refused(field):
 
 @pytest.mark.parametrize("change", [{"number": 12}, {"problem": "What is 2?"}, {"sample": 1}, {"ids": []}], ids=str)
 def test_completions_of_other_problems_are_refused(tmp_path, change):
-    asked, path = Writer(student(), TOKENIZER, INSTRUCTION), tmp_path / "round-001.jsonl"
-    record, *_ = write_samples(asked, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
+    writer, path = Writer(student(), TOKENIZER, INSTRUCTION), tmp_path / "round-001.jsonl"
+    record, *_ = write_samples(writer, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
     path.write_text(json.dumps(record | change) + "\n")
     with pytest.raises(ValueError, match=r"round-001\.jsonl:1: expected a completion of this round's problems"):
-        write_samples(asked, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
+        write_samples(writer, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
+def test_foreign_samples_file_is_refused(tmp_path):
     (tmp_path / "round-001.jsonl").write_text(json.dumps({"problem": "What?"}) + "\n")
-    asked = Writer(llama(), TOKENIZER, INSTRUCTION)
+    writer = Writer(llama(), TOKENIZER, INSTRUCTION)
     with pytest.raises(ValueError, match=r"round-001\.jsonl:1: number"):
-        write_samples(asked, QUESTIONS, WRITING, tmp_path / "round-001.jsonl", "0", lambda *_: None)
+        write_samples(writer, QUESTIONS, WRITING, tmp_path / "round-001.jsonl", "0", lambda *_: None)
 
 
-def test_a_round_is_summed_up_in_words():
+def test_summary_of_a_round():
     records = [{"ids": [1] * 4, "truncated": True}, {"ids": [1] * 6, "truncated": False}]
     assert summary(records) == "2 completions of 5 tokens, 50% cut off"
     graded = [record | {"correct": right} for record in records for right in (True, False)]
