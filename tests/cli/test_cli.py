@@ -68,14 +68,14 @@ def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture
     facts = json.loads(out)
     assert code == 0
     assert all(how.startswith(("native", "reference")) for how in facts["ops"].values())
-    if facts["cpu_isa"] is not None:  # else the last line says why
-        assert all(how != "reference" for how in facts["ops"].values()), "without a reason"
+    if facts["cpu_isa"] is not None:  # otherwise the last line gives the reason
+        assert all(how != "reference" for how in facts["ops"].values()), "an op uses the reference without a reason"
     assert "column_grad" in facts["ops"]
     shown = call(capsys, "info")[1]
     assert shown.count("\n") > len(facts["ops"]) and "None" not in shown
 
 
-def test_info_says_what_is_wrong_with_a_forced_instruction_set(
+def test_info_explains_an_invalid_instruction_set(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = json.loads(call(capsys, "info", "--json")[1])
@@ -94,18 +94,18 @@ def test_info_says_what_is_wrong_with_a_forced_instruction_set(
 @pytest.mark.parametrize(
     ("capability", "begins"), [((7, 5), "none (the CUDA C++ needs sm_80, this GPU is sm_75: "), ((8, 0), "CUDA C++")]
 )
-def test_info_says_that_the_cuda_ops_refuse_an_old_gpu(
+def test_info_reports_an_unsupported_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], begins: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": {"a": "CUDA C++", "b": "torch.mm"})
-    found = json.loads(call(capsys, "info", "--json")[1])["gpu_ops"]
-    assert found["a"].startswith(begins) and found["b"] == "torch.mm"
+    ops = json.loads(call(capsys, "info", "--json")[1])["gpu_ops"]
+    assert ops["a"].startswith(begins) and ops["b"] == "torch.mm"
 
 
-def test_info_of_a_model_says_what_its_adapter_takes(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
+def test_info_of_a_model_reports_the_size_of_its_adapter(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
     code, out, _ = call(capsys, "info", model_folder, "--json")
     facts, model = json.loads(out), load_student(model_folder, torch.float32)[0]
     adapter = SparseAdapter.attach(model)
@@ -114,9 +114,9 @@ def test_info_of_a_model_says_what_its_adapter_takes(capsys: pytest.CaptureFixtu
     assert facts["matrices"] == len(adapter.sites())
     assert facts["trained_values"] == sum(parameter.numel() for parameter in adapter.parameters())
     assert facts["adamw_bytes"] == adapter.footprint().adamw
-    said = call(capsys, "info", model_folder)[1]
-    assert f"{facts['parameters']:,} parameters" in said
-    assert f"({facts['share_of_base']:.1%})" in said
+    output = call(capsys, "info", model_folder)[1]
+    assert f"{facts['parameters']:,} parameters" in output
+    assert f"({facts['share_of_base']:.1%})" in output
 
 
 def test_from_traces_to_a_merged_model_and_a_lora(
@@ -136,7 +136,7 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert code == 0 and again["already_finished"] is True
     assert f"already finished: the adapter is in {run}, nothing was trained;" in err
     assert again["last_loss_tactical"] == result["last_loss_tactical"]
-    assert again["seconds"] == result["seconds"]  # of the training, not of finding it
+    assert again["seconds"] == result["seconds"]  # of the training, not of this call
 
     records = tmp_path / "completions.jsonl"
     code, out, _ = call(
@@ -160,7 +160,7 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     header = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (header["peft_type"], header["base_model_name_or_path"]) == ("LORA", None)  # not a path of this machine
 
-    held = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    saved = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
     base = {path.name: path.read_bytes() for path in Path(model_folder).iterdir()}
     for command, folder in (
         ("export-lora", run),
@@ -171,11 +171,11 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     ):
         code, _, err = call(capsys, command, model_folder, run, "-o", folder, "--dtype", "float32")
         assert code == 2 and "name another folder" in err
-    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == held
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == saved
     assert {path.name: path.read_bytes() for path in Path(model_folder).iterdir()} == base
 
 
-def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
+def test_exported_lora_runs_on_a_written_base(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -205,7 +205,7 @@ def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
         ({"vocab_size": 77}, "its vocabulary has 77 tokens, not"),
     ],
 )
-def test_an_exported_lora_names_no_base_that_does_not_fit(
+def test_export_lora_refuses_an_unsuitable_base(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, change: dict, complaint: str
 ) -> None:
     SparseAdapter.attach(load_student(model_folder, torch.float32)[0], density=0.05).save_pretrained(tmp_path / "run")
@@ -220,9 +220,7 @@ def test_an_exported_lora_names_no_base_that_does_not_fit(
     assert not (tmp_path / "lora").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_any_work(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_unwritable_output_is_refused_before_any_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     os.mkfifo(tmp_path / "pipe")
     folder, file, pipe = "the name of a folder, found a file", "the name of a file, got '-'", "found a device or a pipe"
@@ -246,7 +244,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert (tmp_path / "file").read_text() == "old" and (tmp_path / "pipe").is_fifo()
 
 
-def test_merge_takes_an_adapter_or_only_the_base(
+def test_merge_takes_either_an_adapter_or_base_only(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
     for given in ([], [str(tmp_path), "--base-only"]):
@@ -256,7 +254,7 @@ def test_merge_takes_an_adapter_or_only_the_base(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_merged_weights_are_bitwise_those_of_the_training_in_its_dtype(
+def test_merged_weights_match_the_trained_ones_bitwise(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     model, _ = load_student(model_folder, dtype)
@@ -272,16 +270,16 @@ def test_merged_weights_are_bitwise_those_of_the_training_in_its_dtype(
     assert merged and all(torch.equal(tensor, trained[name]) for name, tensor in merged.items())
 
 
-def test_what_a_model_or_a_server_wrote_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     transcript = Transcript()
     transcript.write("think", "a\x1b]0;title\x07b\r\n\x9b2J")
     transcript.write("wait", "\x1b[2J")
     assert capsys.readouterr().out == "a\\x1b]0;title\\x07b\n\\x9b2J [wait] \\x1b[2J"
-    code, _, said = call(capsys, "convert", "\x1b[2J.jsonl", "-o", "out.jsonl")
-    assert code == 2 and "\\x1b[2J.jsonl" in said and "\x1b" not in said
+    code, _, error = call(capsys, "convert", "\x1b[2J.jsonl", "-o", "out.jsonl")
+    assert code == 2 and "\\x1b[2J.jsonl" in error and "\x1b" not in error
 
 
-def test_a_solution_without_an_answer_says_so() -> None:
+def test_missing_answer_is_reported() -> None:
     assert Transcript(quiet=True).last_line(None, 88, 1, 0) == "answer: none (88 tokens)"
 
 
@@ -315,7 +313,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
         (["--server", "nowhere"], "url must look like http"),
     ],
 )
-def test_impossible_solving_is_refused(
+def test_invalid_solve_options_are_refused(
     capsys: pytest.CaptureFixture[str], model_folder: str, options: list[str], complaint: str
 ) -> None:
     code, out, err = call(capsys, "solve", model_folder, "2 + 2?", *options)
@@ -324,8 +322,8 @@ def test_impossible_solving_is_refused(
     assert complaint in err
 
 
-def test_an_import_that_fails_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:  # as transformers does beside a torchvision that was built for another torch
+def test_failed_import_reports_its_cause(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:  # like transformers with a torchvision built for another torch
         raise ImportError("Could not import module 'PreTrainedModel'.") from RuntimeError("no torchvision::nms")
 
     monkeypatch.setattr("rbfast.models.student.load_without_weights", fail)
@@ -334,7 +332,7 @@ def test_an_import_that_fails_says_why(capsys: pytest.CaptureFixture[str], monke
     assert err == "rbfast info: error: Could not import module 'PreTrainedModel'. (no torchvision::nms)\n"
 
 
-def test_a_problem_in_another_encoding_is_named(
+def test_problem_in_another_encoding_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("What is the café's bill?".encode("latin-1"))))
@@ -343,7 +341,7 @@ def test_a_problem_in_another_encoding_is_named(
     assert "problem: expected UTF-8 on stdin, got byte 0xe9" in err
 
 
-def test_what_does_not_belong_to_a_local_or_a_served_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_for_the_other_kind_of_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for options, complaint in (
         (["--server", "http://localhost:1/v1", "--adapter", "run"], "--adapter is for a local model"),
         (["--tokenizer", "owner/model"], "--tokenizer is for --server"),
@@ -352,7 +350,7 @@ def test_what_does_not_belong_to_a_local_or_a_served_model_is_refused(capsys: py
         assert (code, out) == (2, "") and complaint in err
 
 
-def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
+def test_eval_samples_and_resumes(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
     problems, records = tmp_path / "set.jsonl", tmp_path / "records.jsonl"
     problems.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?", "answer": "3"}\n')
     common = ["eval", model_folder, "--task", str(problems), "-n", "2", "--max-new-tokens", "4", "--samples", "3"]
@@ -370,7 +368,7 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     assert code == 2 and "--top-p is for sampling" in err
 
 
-def test_rows_that_were_mended_are_no_longer_listed_as_unreadable(
+def test_repaired_rows_leave_the_list_of_unreadable_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, traces: str, tmp_path: Path
 ) -> None:
     args, listed = SimpleNamespace(format=None, map="", teacher_field=None, json=False), tmp_path / "unreadable.jsonl"
@@ -386,7 +384,7 @@ def test_rows_that_were_mended_are_no_longer_listed_as_unreadable(
     assert read_and_report_traces(args, traces, listed) and not capsys.readouterr().err
 
 
-def test_two_calls_do_not_score_into_one_folder(
+def test_second_call_scoring_into_a_folder_is_refused(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
     with lock_folder(tmp_path / "out"):
@@ -401,7 +399,7 @@ def test_eval_resumes_only_from_the_same_weights(
 ) -> None:
     weights = Path(shutil.copytree(model_folder, tmp_path / "model")) / "model.safetensors"
     (problems := tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
-    asked = [
+    command = [
         "eval",
         str(weights.parent),
         "--task",
@@ -411,7 +409,7 @@ def test_eval_resumes_only_from_the_same_weights(
         "-o",
         str(tmp_path / "o.jsonl"),
     ]
-    assert [call(capsys, *asked)[0] for _ in range(2)] == [0, 0]
+    assert [call(capsys, *command)[0] for _ in range(2)] == [0, 0]
     args = SimpleNamespace(model=str(weights.parent), dtype=None, load_in=None, adapter=None)
     quantised = SimpleNamespace(**vars(args) | {"load_in": "4bit"})
     assert _label(args) != _label(quantised)
@@ -421,7 +419,7 @@ def test_eval_resumes_only_from_the_same_weights(
     assert before != _label(args)
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
     assert before.split()[-1] != _label(adapted).split()[-1]
-    code, _, err = call(capsys, *asked)
+    code, _, err = call(capsys, *command)
     assert code == 2 and "results with another model" in err
     (gguf := tmp_path / "model.gguf").touch()
     of_file = SimpleNamespace(**vars(args) | {"model": str(gguf)})
@@ -430,7 +428,7 @@ def test_eval_resumes_only_from_the_same_weights(
     assert _label(of_file) != before
 
 
-def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
+def test_eval_takes_50_problems_or_all_of_a_smaller_task(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
@@ -459,7 +457,7 @@ def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
         ("", "trace"),
     ],
 )
-def test_bad_traces_are_named_with_exit_code_2(
+def test_invalid_traces_exit_with_code_2(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, content: str, complaint: str
 ) -> None:
     path = tmp_path / "traces.jsonl"
@@ -471,17 +469,13 @@ def test_bad_traces_are_named_with_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_invalid_epochs_are_refused_before_reading_anything(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for epochs in ("0", "-1"):
         code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
         assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
 
 
-def test_merged_weights_are_as_readable_as_the_files_beside_them(
-    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
-) -> None:
+def test_merged_weights_follow_the_umask(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         assert call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path))[0] == 0
@@ -492,7 +486,7 @@ def test_merged_weights_are_as_readable_as_the_files_beside_them(
     assert set(modes.values()) == {0o640}
 
 
-def test_a_full_disk_is_one_line(
+def test_full_disk_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path
 ) -> None:
     def full(self: object, folder: Path) -> None:
@@ -502,12 +496,12 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     code, out, err = call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path / "out"))
     assert (code, out) == (2, "")
-    said = f"{tmp_path / 'out'}: the weights cannot be written: I/O error: No space left on device (os error 28)"
-    assert err.splitlines()[-1] == f"rbfast merge: error: {said}"
+    message = f"{tmp_path / 'out'}: the weights cannot be written: I/O error: No space left on device (os error 28)"
+    assert err.splitlines()[-1] == f"rbfast merge: error: {message}"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_leaves_no_shards_of_the_model_that_was_there(
+def test_merge_removes_the_shards_of_an_earlier_model(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
@@ -519,7 +513,7 @@ def test_a_merge_leaves_no_shards_of_the_model_that_was_there(
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])
-def test_bad_densities(
+def test_invalid_densities_are_refused(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path, density: str
 ) -> None:
     code, _, err = call(capsys, "distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", density)
@@ -527,44 +521,44 @@ def test_bad_densities(
     assert "density" in err
 
 
-def parsed(*options: str) -> DistillConfig:
+def config_from(*options: str) -> DistillConfig:
     return _distill_config(_parser().parse_args(["distill", "model", "traces", "-o", "out", *options]))
 
 
 def test_every_setting_of_a_run_is_an_option() -> None:
-    assert parsed() == DistillConfig()
+    assert config_from() == DistillConfig()
     flags = {"density": "0.1", "placement": "factored", "schedule": "cosine", "warmup": "0.5", "epochs": "2.5"}
     flags["turns"] = "all"
     numbers = {"rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps", "seed"}
     flags |= dict.fromkeys(numbers | {"tokens_per_batch"}, "7") | {"learning_rate": "0.25"}
     options = [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)]
-    config = parsed(*options, "--gradient-checkpointing", "--instruction", "none", "--targets", "q_proj", "v_proj")
+    config = config_from(*options, "--gradient-checkpointing", "--instruction", "none", "--targets", "q_proj", "v_proj")
     given = {name: type(getattr(DistillConfig(), name) or 0)(value) for name, value in flags.items()}
     given |= {"gradient_checkpointing": True, "instruction": "none", "targets": ["q_proj", "v_proj"]}
     assert given.keys() == DistillConfig.__dataclass_fields__.keys() - {"objective"}
     assert config == DistillConfig(**given)  # type: ignore[arg-type]
 
 
-def test_all_linear_layers_may_be_named_alone() -> None:
-    assert parsed("--targets", "all-linear") == DistillConfig()
+def test_all_linear_excludes_other_targets() -> None:
+    assert config_from("--targets", "all-linear") == DistillConfig()
     with pytest.raises(ValueError, match="all-linear covers all layers, got other names too"):
-        parsed("--targets", "all-linear", "q_proj")
+        config_from("--targets", "all-linear", "q_proj")
 
 
-def test_a_plan_is_printed_and_nothing_is_trained(
+def test_plan_is_printed_and_nothing_is_trained(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     line = ["distill", model_folder, traces, "-o", str(out), "--density", "0.2", "--tokens-per-batch", "500", "--plan"]
-    code, said, _ = call(capsys, *line)
-    assert code == 0 and "activations" in said and "memory" in said
-    code, said, _ = call(capsys, *line, "--json")
-    plan = json.loads(said)
+    code, output, _ = call(capsys, *line)
+    assert code == 0 and "activations" in output and "memory" in output
+    code, output, _ = call(capsys, *line, "--json")
+    plan = json.loads(output)
     assert code == 0 and plan["batches"] >= 1 and plan["needed"] > plan["weights"] > 0
     assert not out.exists()
 
 
-def test_the_loss_of_held_out_traces_is_measured_drawn_and_reported(
+def test_held_out_loss_is_measured_drawn_and_reported(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
     share, other = tmp_path / "share", tmp_path / "other"
@@ -582,7 +576,7 @@ def test_the_loss_of_held_out_traces_is_measured_drawn_and_reported(
     assert f"{result['last_held_out_loss']:.4f}" in page and page.count("of held-out traces") == 2
 
 
-def test_held_out_traces_that_are_none_are_refused(
+def test_invalid_held_out_options_are_refused(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
     line = ["distill", model_folder, traces, "-o", str(tmp_path / "run")]
@@ -597,9 +591,7 @@ def test_held_out_traces_that_are_none_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_answers_are_warned_of(
-    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
-) -> None:
+def test_wrong_answers_warn(capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path) -> None:
     first, *rest = read_traces(traces)
     write_traces(traces, [replace(first, verified=False), *rest])
     line = ["distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", "0.2", "--plan"]
@@ -609,13 +601,13 @@ def test_wrong_answers_are_warned_of(
 
 def test_every_setting_of_the_loss_is_an_option() -> None:
     options = "--role-weights 1 2 3 --anneal 0.25 --temperature 4 5 6 --ce-weight 0.75 --beta 1 --gradient-filter 0.5"
-    assert astuple(parsed(*options.split()).objective) == (1, 2, 3, 0.25, 4, 5, 6, 0.75, 1, 0.5)
-    assert parsed("--temperature", "2").objective.temperatures().tolist() == [2.0] * 3
+    assert astuple(config_from(*options.split()).objective) == (1, 2, 3, 0.25, 4, 5, 6, 0.75, 1, 0.5)
+    assert config_from("--temperature", "2").objective.temperatures().tolist() == [2.0] * 3
     with pytest.raises(ValueError, match="expected 1 number, or 3"):
-        parsed("--temperature", "2", "3")
+        config_from("--temperature", "2", "3")
 
 
-def test_a_folder_with_another_run_is_refused(
+def test_folder_with_another_run_is_refused(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
     common = ["distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", "0.01", "--json"]
@@ -645,7 +637,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         ("--shard=0", "argument --shard: expected a whole number above 0, got '0'"),
     ],
 )
-def test_a_bad_option_is_answered_by_its_command(
+def test_invalid_option_is_reported_by_its_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str, complaint: str
 ) -> None:
     with pytest.raises(SystemExit) as done:
@@ -656,7 +648,7 @@ def test_a_bad_option_is_answered_by_its_command(
     assert error == f"rbfast distill: error: {complaint}; see rbfast distill --help"
 
 
-def test_no_problems_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_than_one_problem_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("eval no/model --task none.jsonl -n 0", "teach no/model none.jsonl -o none -n -1"):
         with pytest.raises(SystemExit) as done:
             main(words.split())
@@ -664,7 +656,7 @@ def test_no_problems_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> 
         assert "argument -n: expected a whole number above 0, got " in capsys.readouterr().err
 
 
-def test_an_interrupted_command_exits_as_a_shell_reports_it(
+def test_interrupted_command_exits_with_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupt(*args: object) -> None:
@@ -676,7 +668,7 @@ def test_an_interrupted_command_exits_as_a_shell_reports_it(
     assert err == "rbfast report: interrupted\n"
 
 
-def test_an_interrupted_command_that_kept_nothing_does_not_offer_to_resume(
+def test_interrupted_command_without_progress_offers_no_resumption(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupt(*args: object, **options: object) -> None:
@@ -691,14 +683,14 @@ def test_an_interrupted_command_that_kept_nothing_does_not_offer_to_resume(
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "said"), [(None, "it will start over"), ("checkpoint-4", "it will resume from ")]
+    ("checkpoint", "message"), [(None, "it will start over"), ("checkpoint-4", "it will resume from ")]
 )
-def test_an_interrupted_training_says_where_it_goes_on(
+def test_interrupted_training_reports_where_it_will_resume(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     checkpoint: str | None,
-    said: str,
+    message: str,
 ) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -710,15 +702,15 @@ def test_an_interrupted_training_says_where_it_goes_on(
         (folder := tmp_path / "run" / "checkpoints" / checkpoint).mkdir(parents=True)
         write_digests(folder)
     code, _, err = call(capsys, "distill", "model", str(tmp_path / "traces.jsonl"), "-o", str(tmp_path / "run"))
-    assert code == 130 and said in err
+    assert code == 130 and message in err
     assert err.endswith("rbfast distill: interrupted; run the same command to resume\n")
 
 
-def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
+def test_role_losses_come_from_steps_that_have_the_role() -> None:
     log = [{"loss_tactical": 3.0}, {"loss_strategic": 2.0, "loss_tactical": 2.5}, {"loss_tactical": 2.0}]
     run = Run(SimpleNamespace(trainable_percent=0.3), log, [], 1.0, traces=1)
-    found = {name: value for name, value in _summarize_run(run, Path("run")).items() if "loss" in name}
-    assert found == {
+    losses = {name: value for name, value in _summarize_run(run, Path("run")).items() if "loss" in name}
+    assert losses == {
         "first_loss_strategic": 2.0,
         "first_loss_tactical": 3.0,
         "last_loss_strategic": 2.0,
@@ -727,7 +719,7 @@ def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
 
 
 @pytest.mark.slow
-def test_json_comes_without_anyones_progress(model_folder: str, tmp_path: Path) -> None:
+def test_json_output_has_no_progress_bars(model_folder: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rbfast", "merge", model_folder, "--base-only", "-o", str(tmp_path / "out")]
     run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert (json.loads(run.stdout), run.stderr) == ({"out": str(tmp_path / "out")}, "")
@@ -735,14 +727,14 @@ def test_json_comes_without_anyones_progress(model_folder: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_pipe_that_is_closed_is_no_error():
+def test_closed_pipe_is_no_error():
     command = f"{sys.executable} -m rbfast info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert run.stderr == ""
 
 
 @pytest.mark.slow
-def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_unencodable_text_is_escaped(tmp_path: Path) -> None:
     row = {"problem": "How many legs have 2 cows?", "reasoning": "Each has 4.\n2 x 4 = 8", "answer": "8"}
     (pool := tmp_path / "é中.jsonl").write_text(json.dumps(row) + "\n")
     command = [sys.executable, "-m", "rbfast", "curate", str(pool), "-o", str(tmp_path / "out"), "--size", "1"]

@@ -1,4 +1,4 @@
-"""docs/own_loop.md: its Python, and the names of layers that it gives."""
+"""docs/own_loop.md: its Python, and its regexes for layer names."""
 
 import re
 from pathlib import Path
@@ -10,17 +10,17 @@ from rbfast.models.linears import select_linears
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "own_loop.md").read_text(encoding="utf-8")
 
 
-def test_its_python_runs(tmp_path, monkeypatch):
+def test_python_of_the_page_runs(tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.setattr("rbfast.models.student.load_student", lambda name: (student(), TOKENIZER))
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(block.replace("0.0012", "0.2"), names)  # of a tiny model
+    exec(block.replace("0.0012", "0.2"), names)  # a density for a tiny model
     assert all(line.score is not None for line in names["adapter"].summary())
     assert Path("scores.safetensors").is_file()
 
 
-def test_its_regexes_name_the_attention_alone():
+def test_regexes_of_the_page_select_only_attention():
     regexes = re.findall(r'targets=r"(.*?)"', PAGE)
     chosen = [set(select_linears(student(), regex)) for regex in regexes]
     assert len(regexes) == 2 and chosen[0] == chosen[1]

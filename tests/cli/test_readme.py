@@ -1,4 +1,4 @@
-"""The README's Python, as it stands there."""
+"""The README's Python and its command for a build without isolation."""
 
 import importlib.util
 import re
@@ -22,8 +22,8 @@ def block(request):
 
 
 @pytest.mark.slow
-def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
-    # The same weights, for the file they come in takes long to read: tests/models/test_student.py reads it.
+def test_python_of_the_readme_runs(block, student, tokenizer, tmp_path, monkeypatch):
+    # The same weights without their file, which is slow to read: tests/models/test_student.py reads it.
     info = {"missing_keys": [], "mismatched_keys": []}
     monkeypatch.setattr("rbfast.models.student.load_gguf", lambda file, dtype: (student().to(dtype), info))
     monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda name: tokenizer)
@@ -35,8 +35,8 @@ def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
     assert any(site.B.any() for site in adapter.sites().values())
 
 
-def test_what_a_build_without_isolation_needs_is_named_with_its_versions():
-    """A new environment of Python 3.10 or 3.11 has a setuptools that is too old, and plain `setuptools` keeps it."""
+def test_install_command_lists_the_build_requirements():
+    """New environments of Python 3.10 and 3.11 have too old a setuptools, which plain `setuptools` would keep."""
     (command,) = re.findall(r"`pip install ([^`]*ninja[^`]*)`", README.read_text(encoding="utf-8"))
     required = (README.parent / "pyproject.toml").read_text(encoding="utf-8").split("requires = ")[1].split("\n")[0]
     needed = {name for name in re.findall(r'"([^"]+)"', required) if not name.startswith("torch")}

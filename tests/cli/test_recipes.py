@@ -1,4 +1,4 @@
-"""The commands of docs/recipes.md, on small files of the shapes that they name and a tiny student."""
+"""The commands of docs/recipes.md, on small files in the formats they name and tiny students."""
 
 import argparse
 import json
@@ -66,7 +66,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What stands for the data sets and models of the page."""
+    """Stand-ins for the data sets and models of the page."""
     monkeypatch.chdir(tmp_path)
     tests = [{"problem": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(3)]
     write(Path("problems.jsonl"), tests)
@@ -92,7 +92,7 @@ def smaller(words: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_runs(names, capsys):
+def test_every_command_of_the_page_runs(names, capsys):
     ran = []
     for line in LINES:
         words = [names.get(word, word) for word in shlex.split(line)[1:]]
@@ -107,11 +107,11 @@ def test_every_command_runs(names, capsys):
     assert "\\boxed{}" in json.loads(Path("s1k-7b/prompt.json").read_text())["instruction"]
 
 
-def test_the_commands_that_ask_a_provider_are_well_formed():
+def test_provider_command_of_the_page_is_valid():
     [line] = [line for line in LINES if line.startswith("rbfast teach")]
     parser = _parser()
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if "--provider" not in commands.choices["teach"].format_help():
-        pytest.skip("this build asks OpenAI-compatible servers alone")
+        pytest.skip("this build only queries OpenAI-compatible servers")
     args = parser.parse_args(shlex.split(line)[1:])
     assert args.provider == "anthropic" and args.max_cost == 20.0

@@ -1,4 +1,4 @@
-"""Students whose templates think, from the command line: trained, measured, guided, merged with one instruction."""
+"""Students with thinking templates: every command uses the same instruction."""
 
 import json
 
@@ -38,11 +38,11 @@ FLAGS = ("--dtype", "float32", "--device", "cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("template", "asked"), [("qwen3", None), ("r1-distill", "none"), ("qwen3", "answer")])
-def test_what_a_student_was_asked_goes_with_it(capsys, work, template, asked):
+@pytest.mark.parametrize(("template", "choice"), [("qwen3", None), ("r1-distill", "none"), ("qwen3", "answer")])
+def test_instruction_follows_the_student(capsys, work, template, choice):
     student, run, merged = save_student(work / "student", template), work / "run", work / "merged"
-    option = ("--instruction", asked) if asked else ()
-    instruction = {None: BOXED, "none": NONE, "answer": ANSWER}[asked]
+    option = ("--instruction", choice) if choice else ()
+    instruction = {None: BOXED, "none": NONE, "answer": ANSWER}[choice]
     train = ("distill", student, work / "traces.jsonl", "-o", run, "--density", "0.05", *option, *FLAGS)
     assert call(capsys, *train)["trained"] == 8
     assert saved_instruction(run) == instruction
@@ -70,7 +70,7 @@ def test_what_a_student_was_asked_goes_with_it(capsys, work, template, asked):
 
 
 @pytest.mark.slow
-def test_a_merged_student_is_trained_again_as_before(capsys, work):
+def test_merged_student_keeps_its_instruction_when_retrained(capsys, work):
     student = save_student(work / "student", "qwen3")
     (student / "prompt.json").write_text(json.dumps({"instruction": "Be brief: \\boxed{}", "style": "box"}))
     call(capsys, "distill", student, work / "traces.jsonl", "-o", work / "run", "--density", "0.05", *FLAGS)
@@ -79,8 +79,8 @@ def test_a_merged_student_is_trained_again_as_before(capsys, work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["qwen3", "qwen3-2507-thinking", "qwen2.5"])
-def test_a_teacher_scores_the_students_turn_in_its_own_template(work, teacher):
-    """Same tokens, another template: the thought and the answer are scored, the marks only if both write them."""
+def test_teacher_scores_the_students_turn_in_its_own_template(work, teacher):
+    """Same tokens, another template: the thought and the answer are scored, the markers only if both write them."""
     _, tokenizer = load_student(str(save_student(work / "student", "qwen3")))
     model, other = load_student(str(save_student(work / "teacher", teacher)))
     # One vocabulary for all three, as Qwen's are.
@@ -101,7 +101,7 @@ def test_a_teacher_scores_the_students_turn_in_its_own_template(work, teacher):
         assert (f"{trace.answer}" in text.removeprefix(trace.reasoning)) and default_instruction(tokenizer) == BOXED
 
 
-def test_a_broken_prompt_file_is_named(tmp_path):
+def test_broken_prompt_file_is_refused(tmp_path):
     assert saved_instruction(tmp_path) is None
     (tmp_path / "prompt.json").write_text('{"instruction": "", "style": "loud"}')
     with pytest.raises(ValueError, match=r"prompt\.json: style: expected tags, box or plain, got 'loud'"):
