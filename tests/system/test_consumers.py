@@ -1,7 +1,7 @@
-"""llama.cpp and vLLM run an exported LoRA and write, token for token, what the merged model does.
+"""llama.cpp and vLLM with an exported LoRA match the merged model token for token.
 
-Both are large, and vLLM wants a torch of its own, so nothing installs them for the tests: pip install '.[consumers]'
-into an environment for that, and run this file there.
+Both are large, and vLLM needs its own torch, so the test requirements leave them out: pip install '.[consumers]' into
+a separate environment, and run this file there.
 """
 
 import json
@@ -13,10 +13,10 @@ from tiny_models import attach, disturb, llama
 
 pytestmark = pytest.mark.slow
 
-# Those of sixteen whose tokens are no near ties.
+# Of sixteen candidates, those without near ties.
 PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 128 for i in range(5 + n))] for n in (1, 2, 3, 5, 7, 8, 9, 11)]
 TOKENS = 8
-MARGIN = 0.02  # between the likeliest token and the next: closer ones are a matter of rounding
+MARGIN = 0.02  # between the two likeliest tokens: rounding decides between closer ones
 
 
 def student():
@@ -24,12 +24,12 @@ def student():
     sizes |= dict(tie_word_embeddings=False, initializer_range=0.3, max_position_embeddings=128)
     model = llama(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2).eval()
     with torch.no_grad():
-        model.lm_head.weight[: len(SPECIAL)] = 0  # never the likeliest: nobody has to stop
+        model.lm_head.weight[: len(SPECIAL)] = 0  # never the likeliest, so no text ends early
     return model
 
 
-def written(model):
-    found = []
+def greedy_tokens(model):
+    rows = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         for _ in range(TOKENS):
@@ -37,15 +37,15 @@ def written(model):
                 best = model(ids).logits[:, -1].topk(2)
             assert best.values[0, 0] - best.values[0, 1] > MARGIN, "a near tie: choose other prompts"
             ids = torch.cat([ids, best.indices[:, :1]], 1)
-        found.append(ids[0, len(prompt) :].tolist())
-    return found
+        rows.append(ids[0, len(prompt) :].tolist())
+    return rows
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The base as a folder and as GGUF, the LoRA as both, and what the base and the merged model write."""
+    """The base and the LoRA, each as a folder and as GGUF, and the tokens of the base and of the merged model."""
     folder, model = tmp_path_factory.mktemp("consumers"), student()
-    base = written(model)
+    base = greedy_tokens(model)
     model.save_pretrained(folder / "base")
     write_llama(model, folder / "base.gguf")
     adapter = attach(model)
@@ -53,12 +53,12 @@ def files(tmp_path_factory):
     adapter.export_lora(folder / "lora", str(folder / "base"))
     write_lora(folder / "lora", model.config, folder / "lora.gguf")
     adapter.merge()
-    merged = written(model)
+    merged = greedy_tokens(model)
     assert all(ours != theirs for ours, theirs in zip(merged, base, strict=True)), "the adapter must matter"
     return folder, base, merged
 
 
-def test_llama_cpp(files):
+def test_llama_cpp_matches_the_merged_model(files):
     xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `consumers`")
     folder, base, merged = files
 
@@ -66,7 +66,7 @@ def test_llama_cpp(files):
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(folder / "base.gguf"), 256, 1
         params.cpuparams.n_threads, params.warmup = 1, False
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # half of that turns near ties
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # fp16 would flip near ties
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
         server = xllamacpp.Server(params)
         asked = dict(max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, cache_prompt=False)
@@ -77,7 +77,7 @@ def test_llama_cpp(files):
     assert run([folder / "lora.gguf"]) == merged
 
 
-def test_vllm(files):
+def test_vllm_matches_the_merged_model(files):
     vllm = pytest.importorskip("vllm", reason="needs the extra `consumers`")
     from vllm.lora.request import LoRARequest
 

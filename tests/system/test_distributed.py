@@ -1,6 +1,6 @@
-"""Two processes on a CPU train what one does on the same global batch, also on a sharded base, and end what it began.
+"""Two CPU processes match one on the same global batch, also with a sharded base, and each can finish the other's run.
 
-25 traces in global batches of 4: the last batch of an epoch is not a full one.
+25 traces in global batches of 4: the last batch of an epoch is incomplete.
 """
 
 import json
@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 STEPS = 7
-HELD_OUT = {"held_out": 0.2, "learning_rate": 0.3}  # 5 traces: two processes have no full last batch
+HELD_OUT = {"held_out": 0.2, "learning_rate": 0.3}  # 5 traces: the last batch of two processes is incomplete
 RANDOM = {"placement": "random"}  # by gradients, the columns follow the batches they were measured on
 LARGE = {"taught": True, "untied": True}
 ROUNDS = {"rounds": 3, "taught": True} | RANDOM  # 6 problems a round, written 2 at a time
 
-# By folder; what begins with "cut" is ended by other processes.
+# By folder. Other processes finish the runs whose names begin with "cut".
 FIRST = {
     "two": {"batch_size": 2} | RANDOM,
     "two-accumulating": {"batch_size": 1, "accumulation": 2} | RANDOM,
@@ -54,8 +54,8 @@ def launch(folder, jobs):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, str(WORKER), str(folder), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def second(first):
-    """What the first processes and one process began, gone on with by two others."""
+    """Runs that the first processes and a single process began, continued by two others."""
     for name in ("cut-one", "apart/0"):
         with pytest.raises(RuntimeError, match="power cut"):
             distill_tiny(first / name, stop_at=3, batch_size=4, **RANDOM)
@@ -88,7 +88,7 @@ def trained(folder):
 
 
 def check_close(found, expected, steps=STEPS):
-    """The sums of two processes are added in another order: equal within fp32 rounding, and no further."""
+    """Two processes add sums in another order: the results are equal only within fp32 rounding."""
     (tensors, log), (reference, log_alone) = found, expected
     assert len(log) == len(log_alone) == steps
     for entry, other in zip(log, log_alone, strict=True):
@@ -110,33 +110,33 @@ def check_bits(found, expected):
 
 
 @pytest.mark.parametrize("name", ["two", "two-accumulating"])
-def test_two_processes_train_what_one_does(first, alone, name):
+def test_two_processes_match_one(first, alone, name):
     check_close(trained(first / name), alone)
 
 
 @pytest.mark.parametrize("name", ["held-out", "held-out-sharded"])
-def test_two_processes_measure_and_keep_what_one_does(first, tmp_path, name):
+def test_two_processes_match_one_with_held_out_traces(first, tmp_path, name):
     distill_tiny(tmp_path, batch_size=4, **HELD_OUT, **RANDOM)
     check_close(trained(first / name), trained(tmp_path), steps=5 + 4)  # trained, and measured at 0, 2, 4 and 5
 
 
 @pytest.mark.parametrize("size", ["", "-large"])
-def test_a_sharded_base_gives_the_bits_of_a_whole_one(first, size):
-    """Also the gradients that place the columns, and the fingerprints of the base in the adapter's config."""
+def test_sharded_base_matches_the_whole_one_bitwise(first, size):
+    """Including the gradients that place the columns, and the base's fingerprints in the adapter's config."""
     check_bits(trained(first / f"sharded{size}"), trained(first / f"beside{size}"))
     written = [(first / f"{name}{size}" / "adapter_config.json").read_bytes() for name in ("sharded", "beside")]
     assert written[0] == written[1]
 
 
-def test_two_processes_resume_what_was_cut_to_the_same_bits(second):
+def test_two_processes_resume_bitwise(second):
     check_bits(trained(second / "cut-whole"), trained(second / "whole"))
 
 
-def test_what_one_process_began_two_end_on_a_sharded_base(second, alone):
+def test_two_processes_finish_a_run_of_one_on_a_sharded_base(second, alone):
     check_close(trained(second / "cut-one"), alone)
 
 
-def test_what_two_processes_began_one_ends(first, alone):
+def test_one_process_finishes_a_run_of_two(first, alone):
     assert (first / "cut-two" / "error.txt").read_text() == "power cut"
     with pytest.raises(ValueError, match="optimizer steps take 4 traces, now they would take 2: batch size 2 x"):
         distill_tiny(first / "cut-two", batch_size=2, **RANDOM)
@@ -144,7 +144,7 @@ def test_what_two_processes_began_one_ends(first, alone):
     check_close(trained(first / "cut-two"), alone)
 
 
-def test_two_processes_write_what_one_does(first, tmp_path):
+def test_two_processes_match_one_in_on_policy_rounds(first, tmp_path):
     distill_tiny(tmp_path, batch_size=4, **ROUNDS)
     # The students of later rounds differ by rounding, and so may their tokens.
     ones, twos = (folder / "samples/round-001.jsonl" for folder in (tmp_path, first / "rounds"))
@@ -154,7 +154,7 @@ def test_two_processes_write_what_one_does(first, tmp_path):
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-5)
 
 
-def test_two_processes_resume_rounds_to_the_same_bits(second):
+def test_two_processes_resume_on_policy_rounds_bitwise(second):
     assert (second / "cut-rounds" / "error.txt").read_text() == "power cut"
     check_bits(trained(second / "cut-rounds"), trained(second / "rounds"))
     written = [sorted((second / name / "samples").iterdir()) for name in ("cut-rounds", "rounds")]

@@ -1,4 +1,4 @@
-"""What a kill, a full disk, a folder that cannot be written to, a broken file and a clock that jumps do to the jobs."""
+"""Jobs under faults: kills, full disks, unwritable folders, broken files and a clock that jumps."""
 
 import ast
 import json
@@ -34,8 +34,8 @@ KILLS = 50
 
 @pytest.mark.long
 @pytest.mark.parametrize("job", ["training", "curation", "evaluation"])
-def test_killed_anywhere_or_on_a_full_disk_it_goes_on_to_the_same_bytes(tmp_path, job):
-    """Half of the kills stand before what is done to a file, the others anywhere; then limits on the size of a file."""
+def test_job_resumes_to_the_same_bytes_after_a_kill_or_a_full_disk(tmp_path, job):
+    """Half of the kills come just before a file operation, the others anywhere. Then file sizes are limited."""
     worker = [sys.executable, str(ROOT / "tests" / "support" / "faults_worker.py"), job, str(tmp_path), str(KILLS)]
     home = {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(worker, env=os.environ | home, capture_output=True, text=True, timeout=1800)
@@ -51,12 +51,12 @@ def test_killed_anywhere_or_on_a_full_disk_it_goes_on_to_the_same_bytes(tmp_path
             assert trial["code"] == 3 and trial["out"] in trial["said"] and "too large" in trial["said"], trial
 
 
-# ------------------------------------------------------------------------------------------- folders without a way in
+# --------------------------------------------------------------------------------------------------- unwritable folders
 
 
 @pytest.fixture(params=["under a file", "read-only"])
 def closed(request, tmp_path):
-    """A folder that cannot be made. Root may write to a read-only one, but not into the kernel's."""
+    """A folder that cannot be created. Root may write to a read-only folder, but not to the kernel's."""
     if request.param == "under a file":
         (tmp_path / "file").write_text("")
         return tmp_path / "file" / "out"
@@ -68,7 +68,7 @@ def closed(request, tmp_path):
     return tmp_path / "closed" / "out"
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(closed, monkeypatch):
+def test_unwritable_folder_is_refused_before_any_work(closed, monkeypatch):
     monkeypatch.setattr(
         "rbfast.training.distill._attach_adapter", lambda *args: pytest.fail("columns were placed first")
     )
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(closed, mon
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
-    """A run that was cut after its second checkpoint, and what an undisturbed one leaves."""
+    """A run that was interrupted after its second checkpoint, and the result of an uninterrupted one."""
     folder = tmp_path_factory.mktemp("cut")
     with pytest.MonkeyPatch.context() as patch:
         whole = run(folder / "whole", patch, placement="random")
@@ -115,7 +115,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(cut, tmp_path, damage):
+def test_broken_checkpoint_is_reported_and_the_one_before_is_used(cut, tmp_path, damage):
     rng, source = random.Random(damage), cut[0] / "checkpoints"
     names = sorted(path.name for path in (source / "checkpoint-4").iterdir())
     assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "digests.json"} <= set(names)
@@ -133,17 +133,17 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(cut, tmp_path,
             last_checkpoint(folder)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(cut, tmp_path, monkeypatch):
+def test_run_resumes_bitwise_from_the_checkpoint_before(cut, tmp_path, monkeypatch):
     shutil.copytree(cut[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="optimizer.pt has changed since it was written"):
-        found = run(tmp_path / "run", monkeypatch, placement="random")
-    assert all(np.array_equal(found[name], value) for name, value in cut[1].items())
+        resumed = run(tmp_path / "run", monkeypatch, placement="random")
+    assert all(np.array_equal(resumed[name], value) for name, value in cut[1].items())
 
 
 @pytest.mark.parametrize("text", ["", "3", "{", "[" * 100_000, "\x00"])
 @pytest.mark.parametrize("name", ["run.json", "log.json"])
-def test_a_broken_file_of_a_run_is_named(cut, tmp_path, monkeypatch, name, text):
+def test_broken_run_file_is_refused(cut, tmp_path, monkeypatch, name, text):
     shutil.copytree(cut[0], tmp_path / "run")
     (tmp_path / "run" / name).write_text(text)
     place = f"{name}, column {len(text.strip(chr(0))) + 1}" if text in ("", "{", "\x00") else name
@@ -151,10 +151,10 @@ def test_a_broken_file_of_a_run_is_named(cut, tmp_path, monkeypatch, name, text)
         run(tmp_path / "run", monkeypatch, placement="random")
 
 
-def test_results_of_half_a_problem_leave_the_file(tmp_path):
-    how = Decoding(samples=2, temperature=1.0)
+def test_incomplete_results_of_a_problem_are_removed(tmp_path):
+    decoding = Decoding(samples=2, temperature=1.0)
     problems = [Problem("t", name, "1", {}) for name in "ab"]
-    store = _ResultsFile(tmp_path / "results.jsonl", how)
+    store = _ResultsFile(tmp_path / "results.jsonl", decoding)
     results = [Result(problem, Completion("1", 1, False), 1.0, sample) for problem in problems for sample in (0, 1)]
     store.add(results)
     whole = (tmp_path / "results.jsonl").read_bytes()
@@ -164,21 +164,21 @@ def test_results_of_half_a_problem_leave_the_file(tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes() == whole
 
 
-def test_what_a_killed_process_left_goes_with_the_next_try_and_a_running_ones_stays(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    left = [tmp_path / f".file.{number}.tmp" for number in (int(dead.stdout), os.getppid())]
-    for path in left:
+    leftovers = [tmp_path / f".file.{number}.tmp" for number in (int(dead.stdout), os.getppid())]
+    for path in leftovers:
         path.write_text("half")
     with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
-    assert [path.exists() for path in left] == [False, True]
+    assert [path.exists() for path in leftovers] == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------------------- clocks
 
 
-def test_no_module_asks_what_time_it_is():
-    """Durations are measured by a clock that nobody sets; so a wall clock that jumps changes nothing."""
+def test_no_module_reads_the_wall_clock():
+    """Durations come from a monotonic clock, so a wall clock that jumps changes nothing."""
     for path in Path(sys.modules["rbfast"].__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -186,25 +186,25 @@ def test_no_module_asks_what_time_it_is():
 
 
 @pytest.fixture
-def jumping(monkeypatch):
-    """A wall clock that is set an hour to and fro, and the pauses that were asked for meanwhile."""
+def jumping_clock(monkeypatch):
+    """A wall clock that jumps by up to an hour. Returns the requested pauses."""
     rng, real, pauses = random.Random(0), time.time, []
     monkeypatch.setattr(time, "time", lambda: real() + rng.uniform(-3600, 3600))
     monkeypatch.setattr(time, "sleep", pauses.append)
     return pauses
 
 
-def test_training_is_the_same_under_a_clock_that_jumps(cut, tmp_path, monkeypatch, jumping):
-    found = run(tmp_path / "run", monkeypatch, placement="random")
-    assert all(np.array_equal(found[name], value) for name, value in cut[1].items())
+def test_training_does_not_depend_on_the_wall_clock(cut, tmp_path, monkeypatch, jumping_clock):
+    trained = run(tmp_path / "run", monkeypatch, placement="random")
+    assert all(np.array_equal(trained[name], value) for name, value in cut[1].items())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] > 0
 
 
 @pytest.mark.parametrize("wait", ["0", "-5", "1e9", "²", "9" * 400, "", "Wed, 21 Oct 2015 07:28:00 GMT"])
-def test_a_busy_server_is_never_waited_for_long(tmp_path, jumping, wait):
+def test_busy_server_is_never_waited_for_long(tmp_path, jumping_clock, wait):
     with serving(llama(vocab_size=len(TOKENIZER)), TOKENIZER, script=solve) as server:
         server.faults, server.retry_after = [429, None, 503], wait
         taught = teach(server.client(), QUESTIONS[:3], tmp_path, concurrency=1)
     too_long = wait in ("1e9", "9" * 400)  # the question stays open for the next call
     assert (len(taught.traces), taught.open) == ((1, 2) if too_long else (3, 0))
-    assert all(0 <= pause <= 120 for pause in jumping) and len(jumping) == (0 if too_long else 2)
+    assert all(0 <= pause <= 120 for pause in jumping_clock) and len(jumping_clock) == (0 if too_long else 2)

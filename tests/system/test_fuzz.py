@@ -1,7 +1,7 @@
-"""Ten thousand broken files: each is refused with its name, or read for what it says; never a crash, a hang or a loss.
+"""Ten thousand broken files: each is refused by name or read correctly, without a crash, a hang or lost data.
 
-The mutations are seeded: bits, cuts, splices, zeros, and JSON values that nobody expects. Where a file carries a digest
-(adapters, scores, signals, checkpoints) only what was written is a right result.
+The mutations are seeded: bits, cuts, splices, zeros, and unexpected JSON values. If a file carries a digest (adapters,
+scores, signals, checkpoints), only its original content is a right result.
 """
 
 import json
@@ -42,8 +42,8 @@ from rbfast.utils.sealed import seal
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 20  # seconds a file may take
-HUGE, DEEP = "@huge@", "@deep@"  # stand for what json.dumps cannot write
+LIMIT = 20  # seconds per file
+HUGE, DEEP = "@huge@", "@deep@"  # placeholders for text that json.dumps cannot write
 VALUES = [None, True, False, 0, -1, 3, 2**63, 1.5, 1e308, math.nan, math.inf, "", " ", "x", "\ud800", "\0", "é" * 999]
 VALUES += ["../../x", "<script>", "nan", [], {}, [[]], [None], {"": 0}, [0] * 99, HUGE, DEEP]
 TEXTS = ["Add 12 and 30.\n12 + 30 = 42, é 😀.", "Then take 2 away.\n42 - 2 = 40."]
@@ -52,7 +52,7 @@ TOKENIZER = byte_level(*TEXTS)
 
 
 def mutate(data, rng):
-    """Bytes that were damaged in one or a few ways."""
+    """The bytes after one or a few random damages."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 8, 99))
@@ -75,7 +75,7 @@ def mutate(data, rng):
 
 
 def substitute(line, rng):
-    """JSON in which one value or name became another."""
+    """JSON with one value or name replaced or removed."""
     value = json.loads(line)
     places = []
 
@@ -99,7 +99,7 @@ def substitute(line, rng):
 
 
 def mutate_json(data, rng, lines=False):
-    """Damaged bytes, or whole JSON with another value in it; `lines` says that each line is JSON."""
+    """Damaged bytes, or JSON with one value changed. `lines`: each line is JSON."""
     if rng.random() < 0.5:
         return mutate(data, rng)
     if not lines:
@@ -111,9 +111,9 @@ def mutate_json(data, rng, lines=False):
 
 
 @contextmanager
-def in_time():
+def time_limit():
     def late(*_):
-        raise AssertionError("it hangs")
+        raise AssertionError("the call hangs")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
@@ -125,14 +125,14 @@ def in_time():
 
 
 def sweep(n, path, change, read, errors=(ValueError,)):
-    """`read` of n mutations of a file: an error names it, a result was right (`read` says so). Returns both counts."""
+    """Call `read` on n mutations of a file: an error must name it; `read` checks a result. Returns both counts."""
     rng, whole, refused = random.Random(path.name), path.read_bytes(), 0
     read()
     for number in range(n):
         data = change(whole, rng)
         path.write_bytes(data)
         try:
-            with in_time():
+            with time_limit():
                 read()
         except errors as error:
             refused += 1
@@ -144,7 +144,7 @@ def sweep(n, path, change, read, errors=(ValueError,)):
     return refused, n - refused
 
 
-def test_traces(tmp_path):
+def test_broken_traces(tmp_path):
     path = tmp_path / "traces.jsonl"
     signals = {"ids": [[1, 2]], "logprobs": [[-0.5, -1.5]]}
     spans = [[0, 15, "strategic"], [15, len(TEXTS[0]), "tactical"]]
@@ -158,20 +158,24 @@ def test_traces(tmp_path):
         for trace, row in zip(traces, rows, strict=True):
             if not {"problem", "reasoning", "answer"} <= row.keys():
                 continue  # a row in another format, read by what its fields mean: tests/data/test_formats.py
-            said = {name: value for name, value in row.items() if name in Trace.__dataclass_fields__ and value != ""}
-            # An answer is taken as text. What else is said of a trace in words of its own counts as absent.
-            said["answer"] = said["answer"] if isinstance(said["answer"], str) else answer_text(said["answer"])
-            said |= {name: as_text(said.get(name)) for name in ("id", "domain", "source", "teacher")}
-            said |= {"verified": verdict_of(said.get("verified"))}
-            said |= {} if is_finite(said.get("difficulty")) else {"difficulty": None}
-            assert trace.to_dict() == {name: value for name, value in said.items() if value is not None}
+            expected = {
+                name: value for name, value in row.items() if name in Trace.__dataclass_fields__ and value != ""
+            }
+            # An answer is taken as text. Other fields of an unexpected type count as absent.
+            expected["answer"] = (
+                expected["answer"] if isinstance(expected["answer"], str) else answer_text(expected["answer"])
+            )
+            expected |= {name: as_text(expected.get(name)) for name in ("id", "domain", "source", "teacher")}
+            expected |= {"verified": verdict_of(expected.get("verified"))}
+            expected |= {} if is_finite(expected.get("difficulty")) else {"difficulty": None}
+            assert trace.to_dict() == {name: value for name, value in expected.items() if value is not None}
 
     refused, read_well = sweep(3000, path, lambda data, rng: mutate_json(data, rng, lines=True), read)
     assert refused > 1000 and read_well > 100
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_adapters(tmp_path, name):
+def test_broken_adapters(tmp_path, name):
     adapter = attach(llama())
     disturb(adapter)
     adapter.save_pretrained(tmp_path)
@@ -181,7 +185,7 @@ def test_adapters(tmp_path, name):
         config, deltas = read_adapter(tmp_path)
         header = json.loads((tmp_path / "adapter_config.json").read_bytes())
         for entry in header["modules"].values():
-            entry.setdefault("experts", None)  # it is only written if there are some
+            entry.setdefault("experts", None)  # written only if there are any
         assert {name: header[name] for name in asdict(config)} == asdict(config)
         assert deltas.keys() == whole.keys()
         for name, delta in deltas.items():
@@ -201,34 +205,34 @@ def test_adapters(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["run.json", "log.json", "datasheet.json", "skipped.jsonl", "after.jsonl"])
-def test_folders_of_runs(tmp_path, name):
+def test_broken_run_folders(tmp_path, name):
     run, drawn = write_run(tmp_path / "run"), []
 
     def read():
-        found = read_run(run)
+        folder = read_run(run)
         if len(drawn) < 2 and random.Random(name).random() < 0.5:
-            drawn.append(render([found]))
+            drawn.append(render([folder]))
 
     refused, _ = sweep(400, run / name, lambda data, rng: mutate_json(data, rng, name.endswith("l")), read)
     assert refused > 100 or name == "run.json"
 
 
-def test_scores(tmp_path):
+def test_broken_scores(tmp_path):
     path = tmp_path / "scores.safetensors"
     whole = score_columns(llama(), [batch()], lambda model, inputs: model(**inputs).loss)
     whole.save(path)
 
     def read():
-        found = ColumnScores.load(path)
-        assert (found.shapes, found.method, found.batches) == (whole.shapes, whole.method, whole.batches)
-        assert all(torch.equal(found.columns[name], column) for name, column in whole.columns.items())
+        scores = ColumnScores.load(path)
+        assert (scores.shapes, scores.method, scores.batches) == (whole.shapes, whole.method, whole.batches)
+        assert all(torch.equal(scores.columns[name], column) for name, column in whole.columns.items())
 
     refused, _ = sweep(800, path, mutate, read)
     assert refused > 700
 
 
-def test_the_header_of_scores(tmp_path):
-    """With a digest that fits, so that the checks behind it are met."""
+def test_broken_score_headers(tmp_path):
+    """The digest is updated, so that the checks behind it run."""
     path = tmp_path / "scores.safetensors"
     score_columns(llama(), [batch()], lambda model, inputs: model(**inputs).loss).save(path)
 
@@ -242,8 +246,8 @@ def test_the_header_of_scores(tmp_path):
         return seal(len(written).to_bytes(8, "little") + written + data[end:])
 
     def read():
-        found = ColumnScores.load(path)
-        assert found.columns.keys() == found.shapes.keys()
+        scores = ColumnScores.load(path)
+        assert scores.columns.keys() == scores.shapes.keys()
 
     refused, _ = sweep(400, path, change, read)
     assert refused > 100
@@ -251,7 +255,7 @@ def test_the_header_of_scores(tmp_path):
 
 @pytest.fixture
 def store(tmp_path):
-    """A folder of log-probs of two examples, and what it gives them."""
+    """A folder with the log-probs of two examples, and the examples."""
     rng, examples = np.random.default_rng(0), [encode(trace, TOKENIZER) for trace in TRACES]
     with SignalStore(tmp_path, "teacher", 4, len(TOKENIZER)) as store:
         for example in examples:
@@ -274,7 +278,7 @@ def read_store(folder, whole=None):
     return found
 
 
-def test_signals(store):
+def test_broken_signals(store):
     folder, _ = store
     whole = read_store(folder)
     assert len(whole) == 2
@@ -287,15 +291,15 @@ def test_signals(store):
 
 
 def naming(folder, name, read):
-    """An error of any file in the folder counts: a manifest that fits another shard is an error of the shard."""
+    """Any file of the folder may be named: a manifest that contradicts the shard is an error of the shard."""
     try:
         read()
     except ValueError as error:
         raise ValueError(f"{name}: {error}" if str(folder) in str(error) else "no name") from error
 
 
-def test_the_tensors_of_signals(store):
-    """With a digest that fits, so that the checks behind it are met."""
+def test_broken_signal_tensors(store):
+    """The digest is updated, so that the checks behind it run."""
     folder, _ = store
     [shard] = folder.glob("*.safetensors")
 
@@ -319,7 +323,7 @@ def test_the_tensors_of_signals(store):
     assert refused > 300
 
 
-def test_results_of_an_evaluation(tmp_path, monkeypatch):
+def test_broken_evaluation_results(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     problems = [Problem("task", f"{n}?", str(n), {}) for n in range(3)]
     write = lambda self, model, tokenizer, asked, size: [[(Completion(p.answer, 2, False), ())] for p in asked]  # noqa: E731
@@ -327,15 +331,15 @@ def test_results_of_an_evaluation(tmp_path, monkeypatch):
     evaluate(None, None, problems, keep=path)
 
     def read():
-        found = evaluate(None, None, problems, keep=path)
-        assert [result.problem for result in found] == problems
-        assert all(isinstance(result.correct, bool) and isinstance(result.completion.text, str) for result in found)
+        results = evaluate(None, None, problems, keep=path)
+        assert [result.problem for result in results] == problems
+        assert all(isinstance(result.correct, bool) and isinstance(result.completion.text, str) for result in results)
 
     refused, _ = sweep(700, path, lambda data, rng: mutate_json(data, rng, lines=True), read)
     assert refused > 200
 
 
-def test_replies_of_a_teacher(tmp_path, monkeypatch):
+def test_broken_teacher_replies(tmp_path, monkeypatch):
     path = tmp_path / "replies.jsonl"
     reply = {"text": "Add.\n<answer>4</answer>", "thinking": "", "finish_reason": "stop", "logprobs": []}
     ask = lambda job: {"key": job.key, "prompt_tokens": 3, "completion_tokens": 2} | reply  # noqa: E731
@@ -353,7 +357,7 @@ def test_replies_of_a_teacher(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["problems.jsonl", "questions.jsonl"])
-def test_problems(tmp_path, name):
+def test_broken_problems(tmp_path, name):
     path = tmp_path / name
     path.write_text('{"problem": "2 + 2?", "answer": "4"}\n{"question": "3 + 3?", "answer": 6, "id": "b"}\n')
     read = (lambda: load_problems(str(path), None, 0)) if name == "problems.jsonl" else (lambda: read_questions(path))
@@ -361,8 +365,8 @@ def test_problems(tmp_path, name):
     assert refused > 100
 
 
-def test_checkpoints(tmp_path):
-    """A whole one, a broken one after it: the whole one is taken, or the mutation changed nothing."""
+def test_broken_checkpoints(tmp_path):
+    """A broken checkpoint after an intact one: the intact one is used, or the mutation changed nothing."""
     for step in (2, 4):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -372,15 +376,15 @@ def test_checkpoints(tmp_path):
     whole = {path.name: path.read_bytes() for path in newest.iterdir()}
 
     def read():
-        found = last_checkpoint(tmp_path / "checkpoints")
-        assert found.endswith("checkpoint-2") or (newest / "optimizer.pt").read_bytes() == whole["optimizer.pt"]
+        checkpoint = last_checkpoint(tmp_path / "checkpoints")
+        assert checkpoint.endswith("checkpoint-2") or (newest / "optimizer.pt").read_bytes() == whole["optimizer.pt"]
 
     with pytest.warns(UserWarning, match="resuming from"):
         for name in whole:
             sweep(500, newest / name, mutate_json if name.endswith("json") else mutate, read)
 
 
-def test_parquet(tmp_path):
+def test_broken_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -390,7 +394,7 @@ def test_parquet(tmp_path):
     assert refused > 100
 
 
-def test_a_pool_accounts_for_every_row(tmp_path):
+def test_curation_of_a_broken_pool_accounts_for_every_row(tmp_path):
     from rbfast.curation.curate import CurateConfig, curate
 
     pool, out = tmp_path / "pool.jsonl", tmp_path / "out"

@@ -30,7 +30,7 @@ def adapter_parts() -> tuple[AdapterConfig, dict[str, Delta]]:
     return config, {"layers.0.q_proj": delta}
 
 
-def test_an_adapter_has_these_bytes(tmp_path):
+def test_adapter_bytes_are_unchanged(tmp_path):
     write_adapter(tmp_path / "adapter", *adapter_parts())
     write_lora(tmp_path / "lora", *adapter_parts(), transposed=False)
     assert digests(tmp_path / "adapter") == {
@@ -43,7 +43,7 @@ def test_an_adapter_has_these_bytes(tmp_path):
     }
 
 
-def test_a_curation_has_these_bytes(tmp_path, monkeypatch):
+def test_curation_bytes_are_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a row without a source gets the path of its file
     rows = [
         {
@@ -59,7 +59,7 @@ def test_a_curation_has_these_bytes(tmp_path, monkeypatch):
     assert digest(Path("out/reason1k.jsonl").read_bytes()) == "3cbe6f8c8873eab5"
 
 
-def test_an_encoded_trace_has_these_numbers():
+def test_encoded_trace_is_unchanged():
     trace = Trace("What is 2+3?", "First add.\nSo 2+3=5. Let me check: 5-3=2, right.", "5", plan="Add, then check.")
     example = encode(trace, tiny_tokenizer())
     encoded = b"".join(getattr(example, name).tobytes() for name in ("input_ids", "labels", "roles"))

@@ -1,4 +1,4 @@
-"""A merged checkpoint under lm-evaluation-harness: it measures what the model itself says."""
+"""A merged checkpoint in lm-evaluation-harness: its measurements match those of the model."""
 
 import json
 
@@ -39,13 +39,13 @@ metric_list: [{metric: exact_match}]
 
 
 def log_likelihood(model, tokenizer, question, choice):
-    asked, said = (tokenizer(text, add_special_tokens=False).input_ids for text in (question, f" {choice}"))
+    prompt, completion = (tokenizer(text, add_special_tokens=False).input_ids for text in (question, f" {choice}"))
     with torch.no_grad():
-        table = model(torch.tensor([asked + said])).logits[0].log_softmax(-1)
-    return sum(float(table[len(asked) - 1 + i, token]) for i, token in enumerate(said))
+        table = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return sum(float(table[len(prompt) - 1 + i, token]) for i, token in enumerate(completion))
 
 
-def test_a_merged_checkpoint_is_measured_as_the_model_it_was_merged_from(tmp_path, monkeypatch):
+def test_harness_measures_a_merged_checkpoint_as_its_model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before = [log_likelihood(model, tokenizer, question, CHOICES[0]) for question in QUESTIONS]
@@ -59,7 +59,7 @@ def test_a_merged_checkpoint_is_measured_as_the_model_it_was_merged_from(tmp_pat
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
 
-    # Two of three labels are the model's own choice, so accuracy 2/3 is no accident; so with the texts.
+    # Two of three labels are the model's own choice, so an accuracy of 2/3 is no accident. Likewise the texts.
     labels = [(choice + (i % 3 == 0)) % 3 for i, choice in enumerate(best)]
     wanted = [text if i % 3 else "other" for i, text in enumerate(texts)]
     rows = [
@@ -70,7 +70,7 @@ def test_a_merged_checkpoint_is_measured_as_the_model_it_was_merged_from(tmp_pat
     file.write_text("\n".join(map(json.dumps, rows)))
     for name, task in (("choice", CHOOSING), ("text", WRITING)):
         (tmp_path / f"{name}.yaml").write_text(DATA.format(file=file, cache=tmp_path / "cache") + task)
-    found = lm_eval.simple_evaluate(
+    report = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(tmp_path / "merged"), "dtype": "float32"},
         tasks=["tiny_choice", "tiny_text"],
@@ -79,10 +79,10 @@ def test_a_merged_checkpoint_is_measured_as_the_model_it_was_merged_from(tmp_pat
         batch_size=4,
         bootstrap_iters=0,
     )
-    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(2 / 3)
-    assert found["results"]["tiny_text"]["exact_match,none"] == pytest.approx(2 / 3)
-    for sample in found["samples"]["tiny_choice"]:
+    assert report["results"]["tiny_choice"]["acc,none"] == pytest.approx(2 / 3)
+    assert report["results"]["tiny_text"]["exact_match,none"] == pytest.approx(2 / 3)
+    for sample in report["samples"]["tiny_choice"]:
         theirs = [float(response[0][0]) for response in sample["resps"]]
         assert theirs == pytest.approx(scores[sample["doc_id"]], rel=1e-4)
-    written = {sample["doc_id"]: sample["resps"][0][0] for sample in found["samples"]["tiny_text"]}
+    written = {sample["doc_id"]: sample["resps"][0][0] for sample in report["samples"]["tiny_text"]}
     assert written == dict(enumerate(texts))

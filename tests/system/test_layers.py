@@ -1,4 +1,4 @@
-"""The packages of rbfast form layers: one imports from those below it, never from above."""
+"""The packages of rbfast form layers: none imports from a higher layer."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,7 @@ FILES = sorted(path for path in (ROOT / "rbfast").rglob("*.py") if path.parent.n
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of rbfast that a file imports, wherever in it."""
+    """The modules of rbfast that a file imports, at any place."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def imported(path: Path) -> set[str]:
     return {name for name in found if name.startswith("rbfast.")}
 
 
-def test_every_package_has_a_layer_and_says_what_it_is_for():
+def test_every_package_has_a_layer_and_a_docstring():
     packages = {path.parent.name for path in (ROOT / "rbfast").glob("*/__init__.py")}
     assert packages == set(LAYERS)
     for package in packages:
@@ -47,7 +47,7 @@ def test_every_package_has_a_layer_and_says_what_it_is_for():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down(path):
+def test_no_import_from_a_higher_layer(path):
     own = path.relative_to(ROOT / "rbfast").parts[0]
     if own not in LAYERS:
         assert path.name in ("__init__.py", "__main__.py")
@@ -59,7 +59,7 @@ def test_imports_go_down(path):
 
 
 def modules_of(package: str) -> dict[str, set[str]]:
-    """The modules of a package, and which of the others in it each imports."""
+    """The modules of a package, and the sibling modules that each imports."""
     paths = {path.stem: path for path in (ROOT / "rbfast" / package).glob("*.py") if path.stem != "__init__"}
     prefix = f"rbfast.{package}."
     found = {
@@ -70,7 +70,7 @@ def modules_of(package: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_no_import_goes_round_in_a_package(package):
+def test_no_import_cycle_within_a_package(package):
     left = modules_of(package)
     while left:
         free = {stem for stem, others in left.items() if not others & left.keys()}

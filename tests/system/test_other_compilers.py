@@ -1,7 +1,7 @@
-"""The native CPU ops by compilers that others have: the oldest GCC for x86-64, and GCC for Linux and clang for macOS on
-Arm, where their vectors are of four floats.
+"""The native CPU ops with other compilers: the oldest GCC for x86-64, and for Arm, where vectors hold four floats, GCC
+for Linux and clang for macOS.
 
-`apt-get install g++-11 g++-aarch64-linux-gnu` and `pip install ziglang` bring them.
+`apt-get install g++-11 g++-aarch64-linux-gnu` and `pip install ziglang` install them.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def objects_of(folder: Path, *compiler: str) -> list[str]:
     return objects
 
 
-def test_every_source_compiles_and_needs_no_kernel_of_x86(tmp_path: Path) -> None:
+def test_every_source_compiles_for_arm_without_x86_kernels(tmp_path: Path) -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no {COMPILER}")
     objects, library = objects_of(tmp_path, COMPILER), str(tmp_path / "_C.so")
@@ -53,7 +53,7 @@ def test_every_source_compiles_and_needs_no_kernel_of_x86(tmp_path: Path) -> Non
     assert lines and not [line for line in lines if "rbfast" in line]
 
 
-def test_every_source_compiles_by_the_oldest_gcc(tmp_path: Path) -> None:
+def test_every_source_compiles_with_the_oldest_gcc(tmp_path: Path) -> None:
     if shutil.which("g++-11") is None:
         pytest.skip("no g++-11")
     objects_of(tmp_path, "g++-11")

@@ -1,4 +1,4 @@
-"""Each way to install, in a fresh environment and tried from outside the repository."""
+"""Each way to install, in a fresh environment, used from outside the repository."""
 
 import subprocess
 import sys
@@ -11,25 +11,23 @@ from fresh_installs import install, run, try_it
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-def test_an_editable_install_from_the_checkout(
-    fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path
-) -> None:
+def test_editable_install(fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path) -> None:
     install(fresh, "-e", ".", cwd=checkout, CXX=quick_compiler)
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")
     assert (found["text"], found["tokens"]) == ("native", [2])
     assert checkout in Path(found["file"]).parents
-    assert try_it(fresh, checkout)["xs"] == found["xs"]  # its folder named `kernels` hides nobody's package
+    assert try_it(fresh, checkout)["xs"] == found["xs"]  # the folder `kernels` there shadows no package
 
 
 def test_wheel_and_sdist(fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path) -> None:
-    """`build` makes the wheel out of the unpacked sdist, so a wheel that works proves both, and `pip install .`, which
-    makes the same wheel."""
+    """`build` makes the wheel from the unpacked sdist, so a working wheel proves both, and `pip install .`, which makes
+    the same wheel."""
     build = [sys.executable, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist")]
     run(*build, cwd=checkout, CXX=quick_compiler)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name  # _text is for this Python alone
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name  # _text is built for this Python only
     assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
     install(fresh, str(wheel), cwd=tmp_path)
     found = try_it(fresh, tmp_path)
@@ -39,9 +37,7 @@ def test_wheel_and_sdist(fresh: Path, checkout: Path, quick_compiler: str, tmp_p
     assert (Path(found["file"]).parent / "py.typed").exists()  # else type checkers ignore the annotations
 
 
-def test_without_a_compiler_the_reference_serves_but_a_broken_library_raises(
-    fresh: Path, checkout: Path, tmp_path: Path
-) -> None:
+def test_missing_compiler_falls_back_but_broken_library_raises(fresh: Path, checkout: Path, tmp_path: Path) -> None:
     install(fresh, ".", cwd=checkout, CXX="no-such-compiler")
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]

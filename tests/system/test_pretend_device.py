@@ -1,7 +1,7 @@
-"""Every job of the command line runs where the model is, on a device that is not the CPU.
+"""Every command runs on the model's device, also if that is not the CPU.
 
 The device is a pretend one (tests/support/pretend_device): it computes on the CPU, and mixing it with the CPU raises
-what a GPU raises. So a job gives the numbers of the CPU there, or fails. "auto" is a model that is spread over two.
+the error of a GPU. So a job matches the CPU's numbers there, or fails. "auto" spreads a model over two devices.
 """
 
 import json
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the jobs run in forks"),
-    pytest.mark.skipif(shutil.which("c++") is None, reason="the pretend device is compiled, and there is no compiler"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the pretend device"),
 ]
 
 
@@ -36,19 +36,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ended(folder):
-    """By device and job the exit code and what was said."""
+def results(folder):
+    """The exit code and the output of each job, by device."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("LOCAL_RANK", None)
-    found = subprocess.run([sys.executable, str(WORKER), str(folder)], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout.splitlines()[-1])
+    done = subprocess.run([sys.executable, str(WORKER), str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("job", [*JOBS, *AFTERWARDS])
 @pytest.mark.parametrize("device", ["cpu", "pretend", "auto"])
-def test_the_job_ends_well(ended, device, job):
-    assert ended[device][job]["code"] == 0, ended[device][job]["said"]
+def test_job_succeeds(results, device, job):
+    assert results[device][job]["code"] == 0, results[device][job]["said"]
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("job", TRAININGS)
 @pytest.mark.parametrize("device", ["pretend", "auto"])
-def test_training_gives_the_adapter_of_the_cpu(ended, folder, device, job):
+def test_training_matches_the_cpu(results, folder, device, job):
     expected = trained(folder / "cpu" / job)
     for name, tensor in trained(folder / device / job).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -65,19 +65,19 @@ def test_training_gives_the_adapter_of_the_cpu(ended, folder, device, job):
 
 
 @pytest.mark.parametrize("device", ["pretend", "auto"])
-def test_an_interrupted_run_resumes_bitwise(ended, folder, device):
+def test_interrupted_run_resumes_bitwise(results, folder, device):
     assert json.loads((folder / device / "cut" / "run.json").read_text())["resumed"]
     whole = trained(folder / device / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in trained(folder / device / "cut").items())
 
 
-def test_a_plan_names_every_device(ended, folder):
+def test_plan_names_every_device(results, folder):
     plan = json.loads((folder / "auto" / "text" / "run.json").read_text())["plan"]
     assert plan["device"] == "pretend:0, pretend:1"
 
 
 @pytest.mark.parametrize("device", ["pretend", "auto"])
-def test_scores_are_those_of_the_cpu(ended, folder, device):
+def test_scores_match_the_cpu(results, folder, device):
     [here], [there] = (
         [load_arrays(shard) for shard in (folder / where / "teach" / "signals").glob("*.safetensors")]
         for where in (device, "cpu")
@@ -86,14 +86,14 @@ def test_scores_are_those_of_the_cpu(ended, folder, device):
     np.testing.assert_allclose(here["logprobs"], there["logprobs"], atol=1e-5)
 
 
-def test_placements_differ(ended, folder):
+def test_random_and_gradient_placements_differ(results, folder):
     random, scored = (trained(folder / "pretend" / job) for job in ("text", "gradient"))
     assert any(not torch.equal(random[name], scored[name]) for name in random if name.endswith(".cols"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "pretend", "auto"])
-def test_solutions_answers_and_files_are_there(ended, folder, device):
-    assert json.loads(ended[device]["solve"]["said"].splitlines()[-1])["solutions"][0]["tokens"] > 0
+def test_jobs_write_their_results(results, folder, device):
+    assert json.loads(results[device]["solve"]["said"].splitlines()[-1])["solutions"][0]["tokens"] > 0
     assert len((folder / device / "eval-samples" / "results.jsonl").read_text().splitlines()) == 8
     for name in ("merge/model.safetensors", "export-lora/adapter_model.safetensors", "demo/summary.json"):
         assert (folder / device / name).exists()

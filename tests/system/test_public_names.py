@@ -1,4 +1,4 @@
-"""What `from rbfast import ...` offers, and that each name has one home."""
+"""The names that `from rbfast import ...` offers, and the module that defines each."""
 
 import ast
 import subprocess
@@ -37,14 +37,14 @@ PUBLIC = [
 ]
 
 
-def test_these_are_the_public_names():
+def test_public_names():
     assert dir(rbfast) == rbfast.__all__ == PUBLIC
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         _ = rbfast.distil
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_name_is_defined_where_it_is_said_to_be(name):
+def test_public_name_is_defined_in_its_listed_module(name):
     assert getattr(rbfast, name).__module__ == f"rbfast.{rbfast._HOMES[name]}"
 
 
@@ -55,6 +55,6 @@ def test_type_checkers_see_the_public_names():
 
 
 @pytest.mark.slow
-def test_the_loss_alone_imports_no_trainer():
+def test_importing_the_loss_does_not_import_the_trainer():
     code = "import sys; from rbfast import DistillLoss; assert 'rbfast.training.trainer' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

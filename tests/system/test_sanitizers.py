@@ -1,6 +1,6 @@
 """The native CPU code under AddressSanitizer and UBSan: the tests of its ops run again on a build with both.
 
-The build stays in build/sanitized, so that a second run compiles only what has changed.
+The build stays in build/sanitized, so that a second run compiles only changed sources.
 """
 
 import os
@@ -31,17 +31,17 @@ def runtime(name: str) -> str:
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if compiler is None:
         pytest.skip("no C++ compiler")
-    found = run(compiler, f"-print-file-name={name}", cwd=ROOT).strip()
-    if not Path(found).is_absolute():
+    library = run(compiler, f"-print-file-name={name}", cwd=ROOT).strip()
+    if not Path(library).is_absolute():
         pytest.skip(f"{compiler} has no {name}")
-    return found
+    return library
 
 
 @pytest.fixture(scope="module")
 def sanitized() -> dict[str, str]:
-    """The environment in which Python takes the sanitized libraries from BUILT, built if a source has changed."""
+    """The environment in which Python loads the sanitized libraries from BUILT, rebuilt if a source has changed."""
     env = {"LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}"}
-    env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # Python itself leaks at its end
+    env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # Python itself leaks at exit
     build = ["build", "--build-lib", str(BUILT), "--build-temp", str(BUILT / "temp")]
     BUILT.mkdir(parents=True, exist_ok=True)
     with locked(BUILT / "lock"):
@@ -50,14 +50,14 @@ def sanitized() -> dict[str, str]:
     assert len(libraries) == 2 and all(b"__asan_init" in path.read_bytes() for path in libraries)
     check = "import rbfast.ops; from rbfast.curation import text; "
     check += "print(rbfast.__file__, rbfast.ops.cpu_isa(), text.implementation())"
-    said = run(sys.executable, "-c", check, cwd=BUILT, **env).split()
-    assert Path(said[0]).parent == BUILT / "rbfast" and said[1] != "None" and said[2] == "native"
+    printed = run(sys.executable, "-c", check, cwd=BUILT, **env).split()
+    assert Path(printed[0]).parent == BUILT / "rbfast" and printed[1] != "None" and printed[2] == "native"
     return env
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_the_native_ops_touch_only_what_is_theirs(sanitized: dict[str, str], name: str) -> None:
+def test_native_ops_pass_under_the_sanitizers(sanitized: dict[str, str], name: str) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     file = str(ROOT / "tests" / name)
-    said = run(sys.executable, "-m", "pytest", *options, "-k", PYTHON_ONLY, file, cwd=BUILT, **sanitized)
-    assert " passed" in said and " failed" not in said
+    output = run(sys.executable, "-m", "pytest", *options, "-k", PYTHON_ONLY, file, cwd=BUILT, **sanitized)
+    assert " passed" in output and " failed" not in output

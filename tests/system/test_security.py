@@ -1,6 +1,6 @@
-"""Nothing that is loaded runs code, no name leaves its folder, and no key is written down.
+"""Loaded files run no code, names in files never become paths, and keys are never written.
 
-That HTML pages escape what they show is in test_report_page.py and test_curation.py.
+test_report_page.py and test_curation.py test that HTML pages escape their contents.
 """
 
 import ast
@@ -38,7 +38,7 @@ KEY = "sk-recognisable-0123456789"
 
 
 class Planted:
-    """A pickle that leaves a file where it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -49,7 +49,7 @@ class Planted:
 
 @pytest.fixture
 def mark(tmp_path):
-    """A path at which nothing may appear."""
+    """A path where no file may appear."""
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
 
@@ -59,7 +59,7 @@ def plain_pickle(mark):
 
 
 def torch_pickle(mark):
-    """What torch.save would write: a zip with a pickle in it."""
+    """The output of torch.save: a zip with a pickle in it."""
     buffer = io.BytesIO()
     torch.save({"state": Planted(mark)}, buffer)
     return buffer.getvalue()
@@ -68,7 +68,7 @@ def torch_pickle(mark):
 PICKLES = {"pickle": plain_pickle, "torch": torch_pickle}
 
 
-def test_the_plant_works(tmp_path):
+def test_planted_pickles_run_when_unpickled(tmp_path):
     for number, make in enumerate(PICKLES.values()):
         data, mark = make(tmp_path / f"ran{number}"), tmp_path / f"ran{number}"
         torch.load(io.BytesIO(data), weights_only=False) if zipfile.is_zipfile(io.BytesIO(data)) else pickle.loads(data)
@@ -83,7 +83,7 @@ def sources():
         yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
-BETWEEN_OWN_PROCESSES = {"judge.py", "judge_worker.py", "pool.py"}  # pickles that a process of ours made, by a pipe
+BETWEEN_OWN_PROCESSES = {"judge.py", "judge_worker.py", "pool.py"}  # pickles from our own processes, through a pipe
 
 
 def test_no_module_unpickles_unpacks_or_evaluates():
@@ -92,8 +92,8 @@ def test_no_module_unpickles_unpacks_or_evaluates():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-                met = forbidden & {name.partition(".")[0] for name in names}
-                assert not met or (met == {"pickle"} and path.name in BETWEEN_OWN_PROCESSES), path
+                imported = forbidden & {name.partition(".")[0] for name in names}
+                assert not imported or (imported == {"pickle"} and path.name in BETWEEN_OWN_PROCESSES), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "torch.load", "np.load", "numpy.load", "os.system"}, (
@@ -103,7 +103,7 @@ def test_no_module_unpickles_unpacks_or_evaluates():
                 assert not any(keyword.arg == "shell" for keyword in node.keywords), path
 
 
-def test_no_module_trusts_the_code_of_a_model():
+def test_no_module_trusts_remote_code():
     for path, tree in sources():
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
@@ -124,8 +124,8 @@ def model_folder(tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_code_that_a_model_brings_is_not_run(model_folder, mark, monkeypatch, known):
-    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("nobody is there to be asked"))
+def test_custom_code_of_a_model_is_not_run(model_folder, mark, monkeypatch, known):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("loading must not prompt the user"))
     code = f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
     (model_folder / "evil.py").write_text(code)
     config = json.loads((model_folder / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_code_that_a_model_brings_is_not_run(model_folder, mark, monkeypatch, kn
             load_student(str(model_folder))
 
 
-def test_an_attention_from_a_repository_is_not_run(model_folder):
+def test_attention_from_a_repository_is_not_run(model_folder):
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/attention"}))
     for load in (load_student, load_without_weights):
@@ -161,7 +161,7 @@ def test_an_attention_from_a_repository_is_not_run(model_folder):
 
 
 @pytest.mark.parametrize("kind", PICKLES)
-def test_a_pickle_in_place_of_weights_does_not_run(model_folder, mark, kind):
+def test_pickle_in_place_of_weights_does_not_run(model_folder, mark, kind):
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(PICKLES[kind](mark))
     with pytest.raises(Exception, match=r"(?i)weights.?only|unpickl|unsupported|corrupt|pickle"):
@@ -174,7 +174,7 @@ def test_pickles_in_our_own_files_do_not_run(tmp_path, mark, kind):
     adapter = tmp_path / "adapter"
     attach(llama()).save_pretrained(adapter)
     for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "optimizer.pt"):
-        (adapter / name).write_bytes(data)  # not looked at
+        (adapter / name).write_bytes(data)  # never read
     SparseAdapter.from_pretrained(llama(), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="not a complete safetensors file"):
@@ -197,7 +197,7 @@ def cut(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_planted_checkpoint_does_not_run(cut, tmp_path, mark, monkeypatch, name):
+def test_planted_checkpoint_does_not_run(cut, tmp_path, mark, monkeypatch, name):
     """Whoever can plant a file can write its digest too."""
     shutil.copytree(cut, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
@@ -213,7 +213,7 @@ def test_a_planted_checkpoint_does_not_run(cut, tmp_path, mark, monkeypatch, nam
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["string_insertion", "polynomial_multiplication"])
 @pytest.mark.parametrize("code", ["__import__('os').system('touch {}')", "open('{}', 'w')"])
-def test_an_answer_that_is_code_acts_on_nothing(mark, monkeypatch, task, code):
+def test_code_in_an_answer_has_no_effect(mark, monkeypatch, task, code):
     """Verifiers of reasoning-gym call eval on an answer, or sympy's parse_expr, which does."""
     pytest.importorskip("reasoning_gym")
     [problem] = load_problems(task, 1, seed=0)
@@ -235,7 +235,7 @@ def everything_under(folder):
 
 @pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..\\escaped", "a/../../escaped"])
 def test_no_name_in_a_file_becomes_a_path(tmp_path, name):
-    """Matrices, ids, problems, domains and tasks with the names of files elsewhere write where they are told to."""
+    """Matrices, ids, domains, sources and teachers named like paths do not change where files are written."""
     inner = tmp_path / "in" / "ner"
     adapter = inner / "adapter"
     attach(llama()).save_pretrained(adapter)
@@ -270,8 +270,8 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [[], ["--json"]])
-def test_a_key_reaches_the_server_and_nothing_else(server, tmp_path, capfd, caplog, mode):
-    """The server repeats it in every refusal, as some do."""
+def test_key_reaches_the_server_and_nothing_else(server, tmp_path, capfd, caplog, mode):
+    """The server repeats the key in every refusal, as some do."""
     caplog.set_level(logging.DEBUG)
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"problem": q.text}) + "\n" for q in QUESTIONS))
     command = ["teach", "tiny", str(tmp_path / "problems.jsonl"), "-o", str(tmp_path / "out"), *mode]
@@ -283,13 +283,13 @@ def test_a_key_reaches_the_server_and_nothing_else(server, tmp_path, capfd, capl
     codes.append(main(command))
     assert codes == [1, 1, 0] and server.headers[0]["Authorization"] == f"Bearer {KEY}"
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    said = capfd.readouterr()
-    assert "Incorrect API key" in said.err
-    for text in (*written.values(), said.out.encode(), said.err.encode(), caplog.text.encode()):
+    printed = capfd.readouterr()
+    assert "Incorrect API key" in printed.err
+    for text in (*written.values(), printed.out.encode(), printed.err.encode(), caplog.text.encode()):
         assert KEY[:12].encode() not in text
 
 
-def test_a_key_stays_out_of_errors_and_representations(server):
+def test_key_stays_out_of_errors_and_representations(server):
     server.faults = [401]
     client = server.client()
     with pytest.raises(ServerError, match=r"Incorrect API key provided: Bearer \*+") as caught:
@@ -299,7 +299,7 @@ def test_a_key_stays_out_of_errors_and_representations(server):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " "])
-def test_a_key_from_a_file_loses_its_line_break(server, monkeypatch, end):
+def test_whitespace_after_a_key_is_removed(server, monkeypatch, end):
     monkeypatch.setenv("RBFAST_API_KEY", KEY + end)
     teach_one = {"messages": [{"role": "user", "content": QUESTIONS[0].text}], "max_tokens": 50}
     server.client().ask("/chat/completions", teach_one)
@@ -307,7 +307,7 @@ def test_a_key_from_a_file_loses_its_line_break(server, monkeypatch, end):
 
 
 @pytest.mark.parametrize("odd", [KEY + "\nX-Evil: 1", KEY + "…", "\x00" + KEY])
-def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch, odd):
+def test_invalid_key_is_refused_and_not_shown(monkeypatch, odd):
     if "\x00" in odd:
         monkeypatch.setattr(os, "environ", os.environ | {"RBFAST_API_KEY": odd})
     else:
@@ -318,13 +318,13 @@ def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch, odd):
 
 
 @pytest.mark.parametrize("url", [f"http://me:{KEY}@host/v1", f"http://{KEY}@host/v1", f"https://host/v1?api_key={KEY}"])
-def test_a_key_in_a_url_is_refused_unseen(url):
+def test_key_in_a_url_is_refused_and_not_shown(url):
     with pytest.raises(ValueError, match="without a key in it; set RBFAST_API_KEY") as caught:
         Server(url, "m")
     assert KEY[:12] not in str(caught.value)
 
 
-def test_a_key_stays_out_of_a_training_run(tmp_path, monkeypatch):
+def test_key_stays_out_of_a_training_run(tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", KEY)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, monkeypatch, cut_at=3, placement="random")
