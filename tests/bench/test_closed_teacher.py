@@ -1,4 +1,4 @@
-"""The recipe for a closed teacher: real results become traces, and both experiments run on a tiny random student."""
+"""The closed-teacher recipe: real results become traces, and both experiments run on a tiny random student."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ from rbfast.data.trace import Trace
 from rbfast.grading.grade import Problem, grade
 from rbfast.training.trainer import DistillTrainer
 
-# Of 150 completions a task; counted from the scores in the files.
+# Of 150 completions per task, counted from the scores in the files.
 CORRECT_COMPLETIONS = {
     "intermediate_integration": 104,
     "polynomial_equations": 87,
@@ -50,7 +50,7 @@ CORRECT_COMPLETIONS = {
     "zebra_puzzles": 76,
 }
 
-# The verifier of the day let it pass; today's does not.
+# The verifier of that time accepted it; today's does not.
 USES_A_NUMBER_TWICE = {"claude35_games__countdown:34:2"}
 
 
@@ -69,7 +69,7 @@ def results_of(folder: Path, trace: Trace) -> dict:
     return json.loads((folder / f"{trace.id.split(':')[0]}.json").read_text())
 
 
-def test_the_correct_completions_of_each_task_become_traces(folder: Path, traces: list[Trace]) -> None:
+def test_correct_completions_of_each_task_become_traces(folder: Path, traces: list[Trace]) -> None:
     _, fates = traces_from_results(folder, "claude-3.5-sonnet")
     assert Counter(trace.source for trace in traces) == CORRECT_COMPLETIONS
     assert fates == {
@@ -90,7 +90,7 @@ def test_the_correct_completions_of_each_task_become_traces(folder: Path, traces
     }
 
 
-def test_a_trace_says_what_the_teacher_said(folder: Path, traces: list[Trace]) -> None:
+def test_trace_matches_the_teachers_completion(folder: Path, traces: list[Trace]) -> None:
     files = {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
     for trace in traces:
         stem, index, number = trace.id.split(":")
@@ -108,7 +108,7 @@ def test_a_trace_says_what_the_teacher_said(folder: Path, traces: list[Trace]) -
 
 @pytest.mark.slow
 def test_each_tasks_verifier_accepts_its_traces(folder: Path, traces: list[Trace]) -> None:
-    """Where the installed generator still gives the question of the file, its entry grades the trace."""
+    """If the installed generator still gives the question of the file, its entry grades the trace."""
     reasoning_gym = pytest.importorskip("reasoning_gym")
     checked: Counter[str] = Counter()
     refused = set()
@@ -117,7 +117,7 @@ def test_each_tasks_verifier_accepts_its_traces(folder: Path, traces: list[Trace
         if trace.source not in entries:
             generated = reasoning_gym.create_dataset(trace.source, **results_of(folder, trace)["config"])
             entries[trace.source] = {entry["question"]: entry for entry in generated}
-        # The one change of a prompt since the files were made; codeio draws from another pool by now.
+        # The only prompt that has changed since the files were made. codeio now draws from another pool.
         question = trace.problem.replace("find the length of the shortest path", "find the shortest path")
         if entry := entries[trace.source].get(question):
             problem = Problem(trace.source, question, str(entry["answer"]), entry)
@@ -128,7 +128,7 @@ def test_each_tasks_verifier_accepts_its_traces(folder: Path, traces: list[Trace
     assert refused == USES_A_NUMBER_TWICE
 
 
-def test_the_shortest_correct_completion_of_each_problem_is_chosen(traces: list[Trace]) -> None:
+def test_shortest_correct_completion_of_each_problem_is_chosen(traces: list[Trace]) -> None:
     chosen = one_per_problem(traces)
     assert len(chosen) == len({trace.problem for trace in traces}) == 495
     shortest = {trace.problem: len(trace.completion()) for trace in chosen}
@@ -158,7 +158,7 @@ def write_results(folder: Path, *completions: dict, question: str = "1 + 1?") ->
         ("One more. <answer>2</answer>", {"score": 0.99}, INCORRECT),
     ],
 )
-def test_what_becomes_of_a_completion(tmp_path: Path, response: str, more: dict, fate: str) -> None:
+def test_fate_of_a_completion(tmp_path: Path, response: str, more: dict, fate: str) -> None:
     write_results(tmp_path, {"full_model_response": response, "score": 1.0} | more)
     traces, fates = traces_from_results(tmp_path, "someone")
     assert fates == {"task": {fate: 1}}
@@ -176,19 +176,19 @@ def test_what_becomes_of_a_completion(tmp_path: Path, response: str, more: dict,
         ('{"name": "a", "category": "b", "results": [{"question": "q", "completions": [{"score": 1}]}]}', "result 0"),
     ],
 )
-def test_a_file_that_holds_no_results_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_file_without_results_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         traces_from_results(tmp_path, "someone")
     assert "bad.json" in str(error.value)
 
 
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a folder of \.json files"):
         traces_from_results(tmp_path, "someone")
 
 
-# The pipeline, at a toy size: two tasks, a byte-level tokenizer, two layers.
+# The pipeline in a toy size: two tasks, a byte-level tokenizer, two layers.
 
 RECIPE = Recipe(
     student="tiny",
@@ -225,7 +225,9 @@ def student() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 
 @pytest.mark.slow
-def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_runs_both_experiments_and_resumes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches: list[list[list[int]]] = []
     compute_loss, train = DistillTrainer.compute_loss, DistillTrainer.train
 
@@ -244,12 +246,12 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     text = run_recipe(model, tokenizer, data, out, RECIPE, "the command", quiet=True)
 
-    found = [
+    results = [
         [json.loads(path.read_text())["result"] for path in sorted((out / "compare" / seed).glob("*.json"))]
         for seed in ("0", "1")
     ]
-    before = next(entry for entry in found[0] if entry["method"] == "before")
-    trained = [entry for entry in found[0] if entry["method"] != "before"]
+    before = next(entry for entry in results[0] if entry["method"] == "before")
+    trained = [entry for entry in results[0] if entry["method"] != "before"]
     swept = [(method, rate) for method in ("columns by gradient", "rbfast") for rate in (0.01, 0.03)]
     assert sorted((e["method"], e["rate"]) for e in trained) == [("LoRA", 0.01), *swept]
     parameters = sum(p.numel() for p in tiny_model().parameters())
@@ -258,7 +260,7 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
         assert f"{entry['mean']:.4f}" in text
         assert entry["values"] > 0
     assert all(e["values"] <= RECIPE.density * parameters for e in trained if e["method"] != "LoRA")
-    assert batches[0] == batches[1] == batches[2] == batches[3] == batches[4]  # every run of a seed, in the same order
+    assert batches[0] == batches[1] == batches[2] == batches[3] == batches[4]  # all runs of a seed see the same batches
     assert batches[5] == batches[6] == batches[7] == batches[8] == batches[9] != batches[0]
     assert len(batches[0]) == 2
     assert len(batches) == 11
@@ -268,8 +270,8 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     training = json.loads((out / "training.json").read_text())["result"]
     assert training["traces"] == len(fitting) > RECIPE.train
     assert training["steps"] == len(batches[10]) == -(-len(fitting) // 2)
-    rates = {e["rate"]: [e["mean"]] for e in found[0] if e["method"] == "rbfast"}
-    for entry in (e for e in found[1] if e["method"] == "rbfast"):
+    rates = {e["rate"]: [e["mean"]] for e in results[0] if e["method"] == "rbfast"}
+    for entry in (e for e in results[1] if e["method"] == "rbfast"):
         rates[entry["rate"]].append(entry["mean"])
     assert training["rate"] == min(rates, key=lambda rate: sum(rates[rate]))
     solved = {when: json.loads((out / f"{when}.json").read_text())["result"] for when in ("before", "after")}
@@ -283,19 +285,19 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     assert "`the command`" in text
     assert any(not torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
-    monkeypatch.setattr(DistillTrainer, "train", lambda *_, **__: pytest.fail("a finished run was made again"))
-    monkeypatch.setattr(closed_teacher, "evaluate", lambda *_, **__: pytest.fail("a finished part was made again"))
+    monkeypatch.setattr(DistillTrainer, "train", lambda *_, **__: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(closed_teacher, "evaluate", lambda *_, **__: pytest.fail("a finished part was repeated"))
     assert run_recipe(*student(), data, out, RECIPE, "the command", quiet=True) == text
     with pytest.raises(ValueError, match="max_new_tokens 4, now it is 5"):
         run_recipe(*student(), data, out, replace(RECIPE, max_new_tokens=5), "the command", quiet=True)
 
 
-def test_too_few_traces_say_what_to_lower(data: Path, tmp_path: Path) -> None:
+def test_too_few_traces_are_refused_with_a_hint(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lower --train"):
         run_recipe(*student(), data, tmp_path / "out", replace(RECIPE, train=1000), "", quiet=True)
 
 
-def test_fresh_problems_leave_out_what_was_trained_on() -> None:
+def test_fresh_problems_exclude_trained_ones() -> None:
     pytest.importorskip("reasoning_gym")
     drawn = fresh_problems(["gcd"], [], RECIPE)
     seen = Trace(drawn[0].question, "reasoning", "answer")
@@ -304,7 +306,7 @@ def test_fresh_problems_leave_out_what_was_trained_on() -> None:
     assert len(again) == RECIPE.problems
 
 
-def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
+def test_lowest_loss_is_bold_and_a_rate_at_the_edge_is_noted() -> None:
     def entry(method: str, rate: float | None, mean: float) -> dict:
         return {
             "method": method,
@@ -332,7 +334,7 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
     assert table.endswith("rbfast minus LoRA there: -0.2000 (-0.1000, -0.3000).")
 
 
-def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path: Path) -> None:
+def test_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "docs" / "results.md"
     put_section(path, "x", "first")
     assert path.read_text() == "# Results\n\n<!-- x -->\nfirst\n<!-- /x -->\n"
@@ -346,7 +348,7 @@ def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "text", ["<!-- x -->", "<!-- /x -->", "<!-- /x --><!-- x -->", "<!-- x --><!-- x --><!-- /x -->"]
 )
-def test_markers_out_of_order_are_an_error(tmp_path: Path, text: str) -> None:
+def test_malformed_markers_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.md"
     path.write_text(text)
     with pytest.raises(ValueError, match="expected one <!-- x -->"):
@@ -362,7 +364,7 @@ def test_every_setting_is_an_option_of_the_command(capsys: pytest.CaptureFixture
         assert "--" + name.replace("_", "-") in shown
 
 
-def test_a_wrong_folder_is_one_line_and_exit_code_2(
+def test_wrong_folder_exits_with_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(closed_teacher, "load_student", lambda *_: student())

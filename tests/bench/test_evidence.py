@@ -1,4 +1,4 @@
-"""The experiments on curation, hierarchy and budgets: fair draws, and whole runs with a tiny random student."""
+"""The experiments on curation, hierarchy and budgets: fair draws, and complete runs with a tiny random student."""
 
 import json
 import math
@@ -43,12 +43,12 @@ def roomy_model() -> LlamaForCausalLM:
     return model
 
 
-def test_wrong_completions_join_the_pool_and_say_so(pool: list[Trace]) -> None:
+def test_pool_includes_wrong_completions_marked_as_such(pool: list[Trace]) -> None:
     assert {trace.verified for trace in pool} == {True, False}
     assert all(trace.answer and trace.reasoning for trace in pool)
 
 
-def test_a_draw_has_the_tokens_it_is_compared_at() -> None:
+def test_draw_matches_its_number_of_tokens() -> None:
     items = [Trace(f"problem {i}", "so", "1", id=str(i)) for i in range(200)]
     lengths = {str(i): 50 + 3 * i for i in range(200)}
     for tokens in (80 * 200, 80 * 350, 80 * 500):
@@ -63,7 +63,7 @@ def test_a_draw_has_the_tokens_it_is_compared_at() -> None:
         drawn(items[:79], lengths, 80, 28000, seed=1)
 
 
-def test_no_problem_is_in_two_places(pool: list[Trace]) -> None:
+def test_splits_share_no_problem(pool: list[Trace]) -> None:
     shared = split(pool, TASKS, tiny_tokenizer(), 0, SETTINGS)
     trained, held_out = ({trace.problem for trace in traces} for traces in (shared.pool, shared.held_out))
     fresh = {problem.question for problem in shared.problems}
@@ -72,7 +72,7 @@ def test_no_problem_is_in_two_places(pool: list[Trace]) -> None:
     assert all(trace.verified for trace in shared.held_out)
 
 
-def test_arms_are_alike_but_for_what_they_test(pool: list[Trace]) -> None:
+def test_arms_have_the_same_size_and_tokens(pool: list[Trace]) -> None:
     tokenizer = tiny_tokenizer()
     shared = split(pool, TASKS, tokenizer, 0, SETTINGS)
     chosen = arms(shared, tokenizer, 0, SETTINGS)
@@ -97,24 +97,26 @@ def test_flat_weights_make_every_token_equal(pool: list[Trace]) -> None:
 
 
 @pytest.mark.slow
-def test_a_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path: Path, monkeypatch) -> None:
+def test_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path: Path, monkeypatch) -> None:
     model, tokenizer = roomy_model(), tiny_tokenizer()
-    found = [evidence.run_seed(model, tokenizer, pool, TASKS, seed, tmp_path, SETTINGS, quiet=True) for seed in (0, 1)]
-    assert all(name in ("before", *evidence.ARMS) for name in found[0])
-    before, curated = found[0]["before"], found[0]["curated"]
+    results = [
+        evidence.run_seed(model, tokenizer, pool, TASKS, seed, tmp_path, SETTINGS, quiet=True) for seed in (0, 1)
+    ]
+    assert all(name in ("before", *evidence.ARMS) for name in results[0])
+    before, curated = results[0]["before"], results[0]["curated"]
     assert curated["loss"]["mean"] < before["loss"]["mean"]
-    assert curated["loss"]["mean"] != found[0]["curated, flat"]["loss"]["mean"]
-    text = section(found, SETTINGS, "the command", torch.float32)
-    assert f"{(before['loss']['mean'] + found[1]['before']['loss']['mean']) / 2:.4f}" in text
+    assert curated["loss"]["mean"] != results[0]["curated, flat"]["loss"]["mean"]
+    text = section(results, SETTINGS, "the command", torch.float32)
+    assert f"{(before['loss']['mean'] + results[1]['before']['loss']['mean']) / 2:.4f}" in text
     assert "| random, right | 100% |" in text
-    monkeypatch.setattr(evidence, "distill", lambda *_, **__: pytest.fail("a finished part was made again"))
-    assert evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, SETTINGS, quiet=True) == found[0]
+    monkeypatch.setattr(evidence, "distill", lambda *_, **__: pytest.fail("a finished part was repeated"))
+    assert evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, SETTINGS, quiet=True) == results[0]
     with pytest.raises(ValueError, match=r"rate 0\.01, now it is 0\.02"):
         evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, replace(SETTINGS, rate=0.02), quiet=True)
 
 
 @pytest.mark.slow
-def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
+def test_every_setting_respects_its_budget(tmp_path: Path) -> None:
     model, tokenizer = roomy_model(), tiny_tokenizer()
     adapter = SparseAdapter.attach(model, 0.05, placement="random")
     with torch.no_grad():
@@ -123,17 +125,17 @@ def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
     adapter.fold()
     problems = [Problem("toy", f"What is {i} plus {i}?", str(2 * i), {}) for i in range(3)]
     budgets = (300, 400)
-    found = scaling.measure(model, tokenizer, adapter, problems, budgets, tmp_path)
-    assert set(found) == {(s, b, name) for s in scaling.SIDES for b in budgets for name in scaling.SETTINGS}
-    for (_, budget, setting), cell in found.items():
+    cells = scaling.measure(model, tokenizer, adapter, problems, budgets, tmp_path)
+    assert set(cells) == {(s, b, name) for s in scaling.SIDES for b in budgets for name in scaling.SETTINGS}
+    for (_, budget, setting), cell in cells.items():
         assert all(0 < tokens <= budget for tokens in cell["tokens"])
         assert setting != "plain" or not any(cell["interventions"])
         assert setting != "wrap up" or any(cell["interventions"])
-    text = scaling.section(found, budgets, len(problems), "the command", torch.float32, "scaling.png")
+    text = scaling.section(cells, budgets, len(problems), "the command", torch.float32, "scaling.png")
     assert "| 300 | 0.0% (" in text
     assert text.count("| before |") == len(scaling.SETTINGS) - 1
     for budget in budgets:
-        found["after", budget, "plain"]["solved"] = [1.0] * len(problems)
-    figure = scaling.draw(found, budgets)
+        cells["after", budget, "plain"]["solved"] = [1.0] * len(problems)
+    figure = scaling.draw(cells, budgets)
     assert len(figure.axes) == 2
     assert figure.axes[0].get_ylim()[1] >= 100  # one scale for both sides, whichever is drawn first

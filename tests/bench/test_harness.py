@@ -17,21 +17,21 @@ from registry import Bar, Case, Contest, Place
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_everybody_takes_a_turn_in_every_round() -> None:
+def test_every_contestant_takes_a_turn_in_every_round() -> None:
     order: list[str] = []
-    found = race({who: partial(order.append, who) for who in "ab"}, 3, clock_for("cpu"), "cpu")
-    assert order[:4] == ["a", "a", "b", "b"]  # warm
-    assert order[4:10] == ["a", "b", "b", "a", "a", "b"]  # backwards in every second round
-    assert all(len(entry["seconds"]) == 3 for entry in found.values())
+    results = race({who: partial(order.append, who) for who in "ab"}, 3, clock_for("cpu"), "cpu")
+    assert order[:4] == ["a", "a", "b", "b"]  # warm-up
+    assert order[4:10] == ["a", "b", "b", "a", "a", "b"]  # reversed in every second round
+    assert all(len(entry["seconds"]) == 3 for entry in results.values())
 
 
-def test_a_step_may_say_what_counts_and_one_that_fails_says_why() -> None:
-    found = race({"rbfast": lambda: 0.25, "theirs": absent(ValueError("no"))}, 2, clock_for("cpu"), "cpu")
-    assert found["rbfast"]["seconds"] == [0.25, 0.25]
-    assert found["theirs"] == {"missing": "ValueError: no"}
+def test_step_may_return_its_time_and_a_failed_one_its_reason() -> None:
+    results = race({"rbfast": lambda: 0.25, "theirs": absent(ValueError("no"))}, 2, clock_for("cpu"), "cpu")
+    assert results["rbfast"]["seconds"] == [0.25, 0.25]
+    assert results["theirs"] == {"missing": "ValueError: no"}
 
 
-def test_inputs_take_turns() -> None:
+def test_inputs_cycle() -> None:
     seen: list[int] = []
     step = in_turn([partial(seen.append, i) for i in range(3)])
     for _ in range(4):
@@ -56,7 +56,7 @@ def test_waits_are_counted(step, waits: int) -> None:
 
 
 def test_bars_are_judged_by_the_median_of_the_rounds() -> None:
-    found = {
+    results = {
         "frozen": {"seconds": [1.0, 1.0, 2.0]},
         "rbfast": {"seconds": [1.1, 1.2, 2.0], "extra_mib": 2000.0, "waits": 3},
         "LoRA": {"seconds": [2.0, 2.0, 5.0]},
@@ -71,12 +71,12 @@ def test_bars_are_judged_by_the_median_of_the_rounds() -> None:
         (Bar("absent / rbfast", ">=", 1.0), None, None),
         (Bar("error %", "<=", 0.3), 0.2, True),
     ]:
-        judged = bar.judge(found, {"error %": 0.2})
+        judged = bar.judge(results, {"error %": 0.2})
         assert judged == (None if value is None else pytest.approx(value), passes)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_case_has_a_name_of_its_own_and_a_known_group(device: str) -> None:
+def test_every_case_has_a_unique_name_and_a_known_group(device: str) -> None:
     cases = registry.cases(device)
     assert len({str(case) for case in cases}) == len(cases)
     assert {case.group for case in cases} <= set(registry.GROUPS)
@@ -86,7 +86,7 @@ def test_every_case_has_a_name_of_its_own_and_a_known_group(device: str) -> None
     ("device", "is_toy", "place"),
     [("cpu", False, Place("cpu")), ("cpu", True, Place("cpu", True)), ("cuda", True, Place("cpu", True))],
 )
-def test_a_case_is_profiled_in_the_size_asked_for(monkeypatch, capsys, device: str, is_toy: bool, place: Place) -> None:
+def test_case_is_profiled_in_the_requested_size(monkeypatch, capsys, device: str, is_toy: bool, place: Place) -> None:
     places: list[Place] = []
 
     def make(at: Place) -> Contest:
@@ -102,13 +102,13 @@ def test_a_case_is_profiled_in_the_size_asked_for(monkeypatch, capsys, device: s
     assert len(places) == 3
 
 
-def test_a_case_of_a_gpu_is_not_profiled_in_full_size_without_one(monkeypatch, capsys) -> None:
+def test_full_size_gpu_case_needs_a_gpu_to_profile(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert profiling.main(["four 7B"], "cuda", False, 3) == 2
     assert "no GPU: use --toy" in capsys.readouterr().out
 
 
-def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None:
+def test_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None:
     entry = {
         "case": "loss-a",
         "group": "loss",
@@ -136,17 +136,17 @@ def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> No
     assert f"{line} MISSED: rbfast ms <= 1 (2) |" in page
     assert "A note." in page and "The end." in page and "stale" not in page
     assert "FAILED: RuntimeError: no" in page and "theirs: whole logits" in page
-    said = capsys.readouterr().out
-    assert "40 cases, 20 failed; 20 bars, 20 missed" in said
-    assert len(said) < 10_000
+    output = capsys.readouterr().out
+    assert "40 cases, 20 failed; 20 bars, 20 missed" in output
+    assert len(output) < 10_000
     assert len(json.loads((tmp_path / "gpu.json").read_text())["cases"]) == 40
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")
-def test_a_dry_run_of_the_gpu_script() -> None:
-    # Else pytest-benchmark takes the script for a worker of xdist, and measures nothing.
+def test_dry_run_of_the_gpu_script() -> None:
+    # Otherwise pytest-benchmark takes the script for an xdist worker and measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,4 +1,4 @@
-"""The experiment on on-policy rounds, whole, with a tiny random student."""
+"""The on-policy experiment, run completely with a tiny random student."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What an experiment has measured is kept, and read back for the same question alone."""
+"""Finished parts of an experiment are kept, and read back only for the same settings."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from experiments.parts import digest, part
 
 
-def test_a_part_is_measured_once_and_only_for_one_question(tmp_path: Path) -> None:
+def test_part_is_measured_once_and_only_for_its_settings(tmp_path: Path) -> None:
     first = part(tmp_path / "a.json", {"rates": (1, 2)}, lambda: 7)
     assert part(tmp_path / "a.json", {"rates": (1, 2)}, lambda: pytest.fail("measured again")) == first
     assert first["result"] == 7
@@ -15,7 +15,7 @@ def test_a_part_is_measured_once_and_only_for_one_question(tmp_path: Path) -> No
         part(tmp_path / "a.json", {"rates": (3,)}, lambda: 8)
 
 
-def test_what_was_kept_by_earlier_versions_is_read(tmp_path: Path) -> None:
+def test_parts_kept_by_earlier_versions_are_read(tmp_path: Path) -> None:
     kept = {"result": {"solved": [1.0]}, "asked": {"rates": [1, 2]}, "seconds": 3.5}
     (tmp_path / "a.json").write_text(json.dumps(kept, indent=1))
     assert part(tmp_path / "a.json", {"rates": (1, 2)}, lambda: pytest.fail("measured again")) == kept

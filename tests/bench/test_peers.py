@@ -1,4 +1,4 @@
-"""The benchmarks' peers: each computes what bench/peers says it does, and a record becomes a page and a picture."""
+"""The benchmarks' peers: each computes the loss that bench/peers states, and a record becomes a page and a picture."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_dense_peers_compute_our_loss(batch: Batch, who: str, beta: float) -> No
     torch.testing.assert_close(gradient(loss, batch), gradient(exact, in_fp64(batch)), rtol=1e-3, atol=1e-6)
 
 
-def test_torchtunes_is_the_teachers_cross_entropy(batch: Batch) -> None:
+def test_torchtune_kl_is_the_teachers_cross_entropy(batch: Batch) -> None:
     loss = load(DENSE["torchtune KL"], 0.0)
     log_p = torch.log_softmax(batch.teacher_hidden.double() @ batch.teacher_weight.double().T, 1)
     entropy = -(log_p.exp() * log_p).sum(1).mean()
@@ -55,7 +55,7 @@ def test_top_k_peers_compute_our_loss(batch: Batch, who: str) -> None:
     torch.testing.assert_close(gradient(loss, batch), gradient(exact, in_fp64(batch)), rtol=1e-3, atol=1e-6)
 
 
-def test_rows_are_counted_one_by_one(batch: Batch) -> None:
+def test_negative_rows_are_counted_one_by_one(batch: Batch) -> None:
     assert negatives(rbfast_dense(0.0), batch) == 0
     assert negatives(lambda one: one.hidden.sum() * 0 - 1, batch) == T
 
@@ -72,7 +72,7 @@ def test_adapters_train_every_linear(who: str) -> None:
 
 
 @pytest.mark.parametrize(("is_there", "found"), [(False, "none"), (True, "only toys")])
-def test_toys_and_absent_records_make_no_page(tmp_path: Path, capsys, is_there: bool, found: str) -> None:
+def test_toy_and_absent_records_make_no_page(tmp_path: Path, capsys, is_there: bool, found: str) -> None:
     record = tmp_path / "cases.jsonl"
     if is_there:
         entry = {"case": "loss-a", "who": {"rbfast": {"seconds": [1.0, 1.0]}}, "is_toy": True}
@@ -82,7 +82,7 @@ def test_toys_and_absent_records_make_no_page(tmp_path: Path, capsys, is_there: 
     assert not (tmp_path / "bench.md").exists()
 
 
-def test_why_somebody_is_missing() -> None:
+def test_reason_for_a_missing_peer() -> None:
     with pytest.raises(ModuleNotFoundError) as missing:
         import no_such_package_at_all  # noqa: F401
     assert reason(missing.value) == "no_such_package_at_all is not installed"
@@ -104,7 +104,7 @@ def record_of(path: Path, seconds: list[float]) -> Path:
     return path
 
 
-def test_a_record_becomes_a_page_and_a_picture(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_record_becomes_a_page_and_a_picture(tmp_path: Path, monkeypatch, capsys) -> None:
     record = record_of(tmp_path / "cases.jsonl", [2.0, 2.0, 4.0])
     put_section(tmp_path / "bench.md", "other", "stays")
     monkeypatch.setattr(cpu_page, "cpu_kind", lambda: "Xeon, AMX")
@@ -118,7 +118,7 @@ def test_a_record_becomes_a_page_and_a_picture(tmp_path: Path, monkeypatch, caps
     assert "| loss, top-k, SmolLM2-135M: over its bare products | 2.00 |" in capsys.readouterr().out
 
 
-def test_a_kind_of_cpu_replaces_its_own_figures_alone(tmp_path: Path, monkeypatch) -> None:
+def test_cpu_kind_replaces_only_its_own_figures(tmp_path: Path, monkeypatch) -> None:
     for kind, seconds in (("Xeon, AMX", [2.0, 2.0, 2.0]), ("Zen 5, AVX-512", [1.5] * 3), ("Xeon, AMX", [1.0] * 3)):
         record = record_of(tmp_path / "cases.jsonl", seconds)
         monkeypatch.setattr(cpu_page, "cpu_kind", lambda kind=kind: kind)
@@ -130,7 +130,7 @@ def test_a_kind_of_cpu_replaces_its_own_figures_alone(tmp_path: Path, monkeypatc
     assert "| rbfast | 1.500 |" in page and "| rbfast | 2.000 |" not in page
 
 
-def test_what_is_quoted_is_a_case_that_is_measured() -> None:
+def test_quoted_ratios_name_measured_cases() -> None:
     assert {case for case, _ in cpu_page.RATIOS.values()} <= {str(case) for case in registry.cases("cpu")}
 
 
@@ -143,5 +143,5 @@ def test_what_is_quoted_is_a_case_that_is_measured() -> None:
         ({"Features": "asimd"}, "aarch64"),
     ],
 )
-def test_kinds_of_cpu(facts: dict[str, str], kind: str) -> None:
+def test_cpu_kinds(facts: dict[str, str], kind: str) -> None:
     assert kind_of(facts, "aarch64") == kind

@@ -1,14 +1,14 @@
-"""The experiment at real size, on a toy: it plans, trains three steps and compares the ways to attend."""
+"""The real-size experiment on a toy: a plan, three training steps and a comparison of attention variants."""
 
 import json
 
 from experiments import real_size
 
 
-def test_a_toy_runs_to_its_end(capsys):
+def test_toy_run_finishes(capsys):
     assert real_size.main(["--toy"]) == 0
-    said = capsys.readouterr().out
-    assert "with gradient checkpointing (on)" in said
-    found = json.loads(said.splitlines()[-1])
-    assert len(found["seconds"]) == len(found["losses"]) == 3 and found["tokens"] == 256
-    assert found["packed"]["difference"] == 0.0  # a CPU has one way
+    output = capsys.readouterr().out
+    assert "with gradient checkpointing (on)" in output
+    result = json.loads(output.splitlines()[-1])
+    assert len(result["seconds"]) == len(result["losses"]) == 3 and result["tokens"] == 256
+    assert result["packed"]["difference"] == 0.0  # a CPU has only one variant

@@ -1,4 +1,4 @@
-"""The comparison of widths of a support: equal trained values, and a table at the best of the rates."""
+"""The comparison of support widths: equal trained values, and a table at the best rate."""
 
 import argparse
 
@@ -9,19 +9,19 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.linears import count_parameters
 
 
-def test_the_widths_are_compared_at_about_equal_trained_values():
+def test_widths_have_about_equal_trained_values():
     sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
     args = argparse.Namespace(seeds=2, densities=[0.2], shares=[0.25, 0.5, 1.0], rates=[0.1, 0.2])
-    found = list(arms(llama(**sizes), args))
-    assert len(found) == 2 * 3 * 2 and {arm.support for arm in found} == {16, 32, 64}
-    for arm in found:
+    chosen = list(arms(llama(**sizes), args))
+    assert len(chosen) == 2 * 3 * 2 and {arm.support for arm in chosen} == {16, 32, 64}
+    for arm in chosen:
         model = llama(**sizes)
         adapter = SparseAdapter.attach(model, 1.0, support=arm.support, rank=arm.rank, seed=arm.seed)
         one_rank = sum(row.values for row in adapter.summary()) / arm.rank
         assert abs(arm.rank * one_rank - 0.2 * count_parameters(model)) <= one_rank / 2
 
 
-def test_the_table_takes_the_best_rate_over_the_seeds_that_all_rates_have():
+def test_table_takes_the_best_rate_over_the_common_seeds():
     line = {"density": 0.003, "support": 16, "rank": 2, "values": 1000}
     losses = {(0, 0.01): 1.0, (1, 0.01): 1.2, (0, 0.02): 0.9, (1, 0.02): 1.1, (2, 0.02): 5.0}
     text = table([line | {"seed": seed, "rate": rate, "mean": loss} for (seed, rate), loss in losses.items()])
