@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
-from tiny_models import gpt2, llama, seeing
+from tiny_models import gpt2, llama, vision_model
 from torch import nn
 
 from rbfast.adapter.column_scores import ColumnScores
@@ -157,7 +157,7 @@ def test_all_linear_leaves_the_head_and_tied_weights_alone():
 
 def test_vision_layers_get_no_delta_unless_targeted():
     with pytest.warns(UserWarning) as warned:
-        model = seeing()
+        model = vision_model()
         adapter = SparseAdapter.attach(model, density=0.1)
     assert [str(w.message).partition(" layers")[0] for w in warned] == ["15 linear"]  # and none about stacks of experts
     assert len(adapter.sites()) == 14 and all("language_model" in name for name in adapter.sites())

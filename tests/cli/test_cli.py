@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny import model_of_words
+from tiny import tiny_model_for
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -36,7 +36,7 @@ from rbfast.utils.files import lock_folder
 @pytest.fixture(scope="module")
 def model_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
-    model_of_words(tokenizer).save_pretrained(folder)
+    tiny_model_for(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

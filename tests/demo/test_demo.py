@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny import model_of_words
+from tiny import tiny_model_for
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rbfast.demo import run
@@ -16,7 +16,7 @@ from rbfast.demo import run
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
     def load(name: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-        return model_of_words(tokenizer).to(dtype), tokenizer
+        return tiny_model_for(tokenizer).to(dtype), tokenizer
 
     monkeypatch.setattr(run, "load_student", load)
     monkeypatch.setattr(run, "TRAIN", 4)

@@ -163,11 +163,11 @@ def test_samples_vote_from_the_command_line(start, capsys):
     assert (result["answer"], result["votes"], len(result["solutions"])) == ("4", 2, 3)
     assert {(request["temperature"], request.get("top_p")) for request in state.requests} == {(0.8, None)}
     state.requests.clear()
-    state.told.clear()
+    state.delivered.clear()
     assert main([*common, "--temperature", "0.6", "--top-p", "0.95"]) == 0
     capsys.readouterr()
     assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.6, 0.95)}
-    state.faults, state.told = [None, 401], Counter()
+    state.faults, state.delivered = [None, 401], Counter()
     assert main(common) == 1
     printed = capsys.readouterr()
     assert "returned 401" in printed.err and json.loads(printed.out)["solutions"][0]["answer"] == "4"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import VOCABULARY, disturb, family, llama, seeing, snapshot
+from tiny_models import VOCABULARY, disturb, family, llama, snapshot, vision_model
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
@@ -248,7 +248,7 @@ def test_unknown_name_error_lists_what_is_accepted(monkeypatch, name, load):
 
 @pytest.mark.parametrize("model_type", ["mistral3", "qwen2_5_vl", "gemma3"])
 def test_vision_language_model_loads_as_a_student(model_type, tmp_path):
-    model = seeing(model_type)
+    model = vision_model(model_type)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     loaded, _ = load_student(str(tmp_path), torch.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import llama
-from tiny_rounds import CONFIG, QUESTIONS, WRITING, run, written
+from tiny_rounds import CONFIG, QUESTIONS, WRITING, read_samples, run
 from tiny_runs import TOKENIZER, TRACES, student
 from tiny_tokenizers import byte_fallback
 
@@ -52,7 +52,7 @@ def test_each_round_is_written_by_the_updated_student_and_trained(tmp_path, monk
     for number, _, records in seen:
         tokens = [token for at, labels in trained if at // 2 == number for token in labels]
         assert sorted(tokens) == sorted(token for record in records for token in record["ids"])
-    assert len(written(tmp_path / "run")) == 3
+    assert len(read_samples(tmp_path / "run")) == 3
     problems = [record["problem"] for _, _, records in seen for record in records]
     assert sorted(problems) == sorted(question.text for question in QUESTIONS)  # one pass over all of them
     for _, examples, records in seen:
@@ -94,7 +94,7 @@ def test_interrupted_run_resumes_bitwise(tmp_path, monkeypatch):
             run(folder, monkeypatch, cut_at, model)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         resumed = run(folder, model=model)
-        assert written(folder) == written(tmp_path / "whole")
+        assert read_samples(folder) == read_samples(tmp_path / "whole")
         assert (folder / "log.json").read_text() == (tmp_path / "whole/log.json").read_text()
         for name, value in whole.adapter.state_dict().items():
             assert torch.equal(value, resumed.adapter.state_dict()[name])
@@ -122,7 +122,7 @@ def test_killed_process_resumes_bitwise(tmp_path, monkeypatch, cut):
         with pytest.raises(RuntimeError, match="power cut"):
             run(tmp_path / "cut", save_steps=99, writing=replace(WRITING, batch_size=2))
     resumed = run(tmp_path / "cut", save_steps=99, writing=replace(WRITING, batch_size=2))
-    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+    assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
     costs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("cut", "whole")]
     assert costs[0]["tokens_per_epoch"] == costs[1]["tokens_per_epoch"]
     for name, value in whole.adapter.state_dict().items():
@@ -211,14 +211,14 @@ def test_plan_counts_the_cache_of_a_sample_batch(tmp_path):
 def test_student_may_sample_a_head_row_that_its_teacher_lacks(tmp_path):
     wide = llama(vocab_size=len(TOKENIZER) + 40, max_position_embeddings=256)
     ran = run(tmp_path, model=wide, writing=replace(WRITING, max_new_tokens=30))
-    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    records = [json.loads(line) for text in read_samples(tmp_path).values() for line in text.splitlines()]
     assert max(token for record in records for token in record["ids"]) >= len(TOKENIZER)
     assert all(entry["loss"] >= 0 for entry in ran.log_history)
 
 
 def test_gradient_checkpointing_does_not_change_the_samples(tmp_path):
     plain, again = run(tmp_path / "plain"), run(tmp_path / "again", gradient_checkpointing=True)
-    assert written(tmp_path / "plain") == written(tmp_path / "again")
+    assert read_samples(tmp_path / "plain") == read_samples(tmp_path / "again")
     for name, value in plain.adapter.state_dict().items():
         torch.testing.assert_close(again.adapter.state_dict()[name], value)
 

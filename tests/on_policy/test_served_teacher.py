@@ -8,7 +8,7 @@ import pytest
 import torch
 from openai_server import serving
 from tiny_models import llama
-from tiny_rounds import QUESTIONS, WRITING, run, teacher, written
+from tiny_rounds import QUESTIONS, WRITING, read_samples, run, teacher
 from tiny_runs import TOKENIZER, student
 
 from rbfast.data.encoding import IGNORE
@@ -156,10 +156,10 @@ def test_completion_refused_by_the_server_is_not_trained_on(tmp_path, server, mo
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
-    server.faults, server.says = [None, 400], b'{"error": "too long"}'
+    server.faults, server.refusal_body = [None, 400], b'{"error": "too long"}'
     with pytest.warns(UserWarning, match="round 1 of 3: 1 of 4 completions are not trained on.*too long"):
         run(tmp_path, teacher=ServedTeacher(server.client(), k=4, concurrency=1))
-    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    records = [json.loads(line) for text in read_samples(tmp_path).values() for line in text.splitlines()]
     refused = next(record for record in records if record["number"] == 0)  # requested first
     assert sum(trained) == sum(len(record["ids"]) for record in records) - len(refused["ids"])
 
@@ -225,6 +225,9 @@ def test_student_may_sample_a_head_row_without_a_token(tmp_path, server):
         taught = ServedTeacher(padded.client(), k=4)
         ran = run(tmp_path, model=wide(), teacher=taught, writing=Writing(max_new_tokens=30))
     drawn = [
-        token for text in written(tmp_path).values() for line in text.splitlines() for token in json.loads(line)["ids"]
+        token
+        for text in read_samples(tmp_path).values()
+        for line in text.splitlines()
+        for token in json.loads(line)["ids"]
     ]
     assert max(drawn) >= len(TOKENIZER) and np.isfinite(losses(ran)).all()

@@ -1,6 +1,6 @@
 r"""Pairs of an expected answer and a written one, and whether the written one is right.
 
-A written answer is put in a box if it is not marked as one already. A person decided on `RIGHT` and `WRONG`.
+A written answer is boxed unless it is already marked. A person decided on `RIGHT` and `WRONG`.
 """
 
 RIGHT = [

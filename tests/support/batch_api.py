@@ -9,12 +9,12 @@ from rbfast.teacher.budget import Prices
 
 
 class Batches:
-    """Answers requests of the batch API. `reply(body)` makes the answer to each chat request of a batch: a completion,
-    or an `Answer` with another status. A batch is done when polled for the second time."""
+    """Answers requests of the batch API. `reply(body)` answers each chat request of a batch: with a completion, or an
+    `Answer` with another status. A batch is done at its second poll."""
 
     def __init__(self, reply):
         self.reply = reply
-        self.files, self.batches, self.looks = {}, {}, {}
+        self.files, self.batches, self.polls = {}, {}, {}
         self.status = "completed"
         self.errors = None
 
@@ -27,7 +27,7 @@ class Batches:
         if path == "/batches":
             return {"object": "list", "data": list(self.batches.values()), "has_more": False}
         if path.startswith("/batches/"):
-            return self.look(path.split("/")[2])
+            return self.poll(path.split("/")[2])
         if path.endswith("/content"):
             return Answer(self.files[path.split("/")[2]])
         return Answer({"error": {"message": f"no such path {path}"}}, 404)
@@ -44,10 +44,10 @@ class Batches:
         self.batches[name] = {"id": name, "object": "batch", "status": "validating", "created_at": 0, **body}
         return self.batches[name]
 
-    def look(self, name):
+    def poll(self, name):
         batch = self.batches[name]
-        self.looks[name] = self.looks.get(name, 0) + 1
-        if self.looks[name] == 1:
+        self.polls[name] = self.polls.get(name, 0) + 1
+        if self.polls[name] == 1:
             return batch | {"status": "in_progress"}
         if "output_file_id" not in batch and self.status != "failed":
             self.run(name, batch)
@@ -63,7 +63,7 @@ class Batches:
             response = {"status_code": found.status, "request_id": "r", "body": found.content}
             where = good if found.status == 200 else bad
             where.append({"id": "x", "custom_id": request["custom_id"], "response": response, "error": None})
-        for kind, lines in (("output", good[::-1]), ("error", bad)):  # a batch does not keep the order
+        for kind, lines in (("output", good[::-1]), ("error", bad)):  # batches do not keep the order
             self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines)
             batch[f"{kind}_file_id"] = f"{name}-{kind}" if lines else None
 
@@ -72,7 +72,7 @@ def assert_the_budget_holds(ask, made, folder):
     """Batches stay within the budget, and none starts that could exceed it. `ask(folder, questions, **options)`."""
     options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
     taught = ask(folder, QUESTIONS, **options)
-    # Three replies may take 100 tokens each; they took 5 each, so that others could follow.
+    # The limit allows three replies of 100 tokens. They took 5 each, so others could follow.
     assert len(taught.traces) > 3 and taught.cost <= 0.35 and len(made()) > 1
     short = ask(folder / "short", QUESTIONS[:4], **options | {"max_cost": 0.09})
     assert (short.traces, short.open) == ([], 4) and "budget" in short.reason

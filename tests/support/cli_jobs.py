@@ -1,8 +1,8 @@
-"""Command-line jobs on a device, each in a process of its own: those that must run on every device.
+"""The command-line jobs that must run on every device, each in its own process.
 
     setup = Setup(folder, "cuda", hidden=576, layers=8)
     setup.prepare()                                      # a student and a teacher with random weights, traces, problems
-    ended = run_jobs(setup)                              # by job: exit code, seconds, output
+    ended = run_jobs(setup)                              # exit code, seconds and output by job
 
 A job leaves its files in folder/JOB. Jobs fork from this process, which should have imported everything and must not
 have used a GPU.
@@ -65,12 +65,12 @@ _CUT_AT = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """Where jobs run, and with what.
+    """Where and how jobs run.
 
     Attributes:
-        vocabulary: of the models, at least; the tokenizer has a few hundred tokens.
-        options: of every job that loads a model; `adapter` those of every job that makes an adapter.
-        student: the name of a model to take in place of one with random weights.
+        vocabulary: the least vocabulary size of the models; the tokenizer has a few hundred tokens.
+        options: the options of every job that loads a model; `adapter`: those of every job that creates an adapter.
+        student: the name of a model to use instead of one with random weights.
     """
 
     folder: Path
@@ -128,7 +128,7 @@ class Setup:
         return rbfast(self.arguments(job))
 
     def _toy_demo(self) -> Any:
-        """The demo, with few problems and a student with random weights, whose adapter needs a larger share of it."""
+        """The demo with few problems and a tiny random student, whose adapter needs a higher density."""
 
         def load(name: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
             model, tokenizer = self.random_model(self.layers)
@@ -184,7 +184,7 @@ def _start(setup: Setup, job: str) -> int:
         os.dup2(said.fileno(), 2)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
-                # A fork's first use of torch's thread pool makes it anew, which two threads must not do at a time.
+                # A fork's first use of torch's thread pool recreates it, which two threads must not do at once.
                 torch.set_num_threads(torch.get_num_threads())
                 code = setup.run(job)
             except BaseException:

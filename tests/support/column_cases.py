@@ -1,4 +1,4 @@
-"""Inputs for the adapter's ops: random deltas of any shape and layout, and how each op is called."""
+"""Inputs for the adapter's ops: random deltas of any shape and layout, and a call of each op."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -80,7 +80,7 @@ def fold_all(deltas: Sequence[Delta], module: object = ops) -> list[Tensor]:
 
 
 def sharing_xs(outs: Sequence[int], tokens: int, s: int, k: int, dtype: torch.dtype) -> list[Delta]:
-    """Deltas of matrices with so many output features, and one input."""
+    """Deltas of matrices with these numbers of output features and a shared input."""
     made = [make((tokens, s, out, s, k), dtype, seed=seed) for seed, out in enumerate(outs)]
     return [replace(d, xs=made[0].xs) for d in made]
 
@@ -98,7 +98,7 @@ OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "col
 
 
 def scattered_in_memory(t: Tensor) -> Tensor:
-    """t with a different layout: every second element of a transposed, larger tensor that holds NaN elsewhere."""
+    """t in another layout: every second element of a larger, transposed tensor that holds NaN elsewhere."""
     empty = float("nan") if t.is_floating_point() else -1
     wide = torch.full([2 * size for size in reversed(t.shape)], empty, dtype=t.dtype, device=t.device)
     view = wide.T[::2, ::2] if t.dim() == 2 else wide[::2]

@@ -1,4 +1,4 @@
-"""Cases that cover a grid of parameters without running all of it."""
+"""Cases that cover a grid of parameters without running every combination."""
 
 from collections.abc import Sequence
 from itertools import combinations, product
@@ -8,9 +8,9 @@ import pytest
 
 
 def covering(strength: int, **values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test so that any `strength` of its parameters meet in every combination of their values.
+    """Parametrizes a test so that any `strength` of its parameters take every combination of their values.
 
-    A fault depends on few parameters. All combinations of all of them would be several times as many cases.
+    A fault depends on few parameters. The full grid would have several times as many cases.
     """
     grid = list(product(*values.values()))
     places = list(product(*(range(len(column)) for column in values.values())))

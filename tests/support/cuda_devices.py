@@ -1,4 +1,4 @@
-"""Where the tests run the CUDA ops: on the GPU, and without one as threads of the host (see cuda_on_host/)."""
+"""Devices for the CUDA ops: the GPU, or without one, threads of the host (see cuda_on_host/)."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ from rbfast import ops
 from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-# name -> whether it has clusters, bytes of shared memory per SM, the order of its threads: 0 as numbered, 1 reversed,
+# name -> whether it has clusters, bytes of shared memory per SM, order of threads: 0 as numbered, 1 reversed,
 # 2 random. Geforce has the least shared memory of any GPU; starved can hold almost nothing of a row; volta is too old
 # for any kernel.
 HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "geforce": (1, 102400, 2), "starved": (1, 20000, 2)}
@@ -31,7 +31,7 @@ HOSTS["volta"] = (0, 0, 0)
 
 @dataclass(frozen=True)
 class Gpu:
-    """name, the ops as they run there, and the torch device of their tensors."""
+    """A device: its name, the ops as they run there, and the torch device of their tensors."""
 
     name: str
     ops: Any
@@ -43,7 +43,7 @@ class Gpu:
 
     @property
     def called_for_any_device(self) -> Any:
-        """The ops as the dispatcher calls them for a GPU, as it does if any tensor of a call is on one."""
+        """The ops as the dispatcher calls them if any tensor of a call is on a GPU."""
         if self.is_real:
             return self.ops
         key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # stands for the GPU on the host
@@ -75,7 +75,7 @@ def _host_library() -> ctypes.CDLL:
         if not library.exists():
             _compile(library, flags)
     namespace = torch.library.Library("rbfast_on_host", "DEF")
-    _host_library.namespace = namespace  # type: ignore[attr-defined]  # its ops go when it does
+    _host_library.namespace = namespace  # type: ignore[attr-defined]  # keeps its ops alive
     for name, schema in registry._SCHEMAS.items():
         namespace.define(name + schema)
     torch.ops.load_library(library)
@@ -115,7 +115,7 @@ def host(name: str) -> Gpu:
 
 
 def launches_on_host() -> int:
-    """How many kernels the host has run so far."""
+    """The number of kernels that the host has run so far."""
     return int(_host_library().launches())
 
 

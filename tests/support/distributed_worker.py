@@ -1,8 +1,8 @@
-"""What the processes of tests/system/test_distributed.py run: `distill` on a tiny model, one job after the other.
+"""The processes of tests/system/test_distributed.py: `distill` on a tiny model, one job after another.
 
     torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER '{"job": {"batch_size": 2}}'
 
-A job is a folder's name with settings of DistillConfig or of `distill_tiny`. One that fails leaves error.txt there.
+A job is the name of a folder, with settings of DistillConfig or of `distill_tiny`. A failed job leaves error.txt there.
 """
 
 import gc
@@ -49,10 +49,10 @@ def distill_tiny(
     server=None,
     **settings,
 ):
-    """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas stay beside the
-    weights, even of a whole base. taught: by another model, sharded as the base is. untied: the head is not tied to the
-    embedding. held_out: a share of the traces, by which the best adapter is kept. rounds: of writing to the
-    problems. server: of the teacher, by its URL."""
+    """stop_at: the step that fails. over: the number of processes that share a sharded base. beside: deltas stay beside
+    the weights, even for a whole base. taught: use a teacher model, sharded like the base. untied: the head is not tied
+    to the embedding. held_out: the share of traces that selects the best adapter. rounds: the number of on-policy
+    rounds. server: the URL of the teacher's server."""
     tokenizer, size = tokenizer_and_size(untied)
     model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
     for base in (model, teacher):
@@ -81,7 +81,7 @@ def distill_tiny(
 
 def main(folder, jobs):
     torch.set_num_threads(1)
-    gc.freeze()  # every job collects garbage: skip what is imported
+    gc.freeze()  # every job collects garbage, which can skip the imported modules
     for name, settings in jobs.items():
         out = folder / name / os.environ["RANK"] if settings.pop("apart", False) else folder / name
         try:

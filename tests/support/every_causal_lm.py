@@ -1,4 +1,4 @@
-"""Every causal language model that transformers has, made as small as its config lets it be."""
+"""Every causal language model of transformers, as small as its config allows."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,7 +34,7 @@ _SMALL |= dict.fromkeys(("initializer_range", "init_std"), 0.15)  # large enough
 
 
 _HEADS, _PAIR = dict(head_dim=8), ["conv", "full_attention"]
-# What a config needs besides sizes to be consistent.
+# What a config needs, besides sizes, to be consistent.
 _OWN = {
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,

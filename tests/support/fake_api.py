@@ -1,4 +1,4 @@
-"""A loopback HTTP server that sends scripted answers, in any API's shape, and records the requests."""
+"""A loopback HTTP server that sends scripted answers in the format of any API, and records the requests."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from rbfast.teacher.client import Server
 
 @dataclass
 class Answer:
-    """What to send: JSON, or text as it is."""
+    """What to send: JSON, or a text unchanged."""
 
     content: object
     status: int = 200

@@ -1,6 +1,7 @@
-"""A warmed-up process that forks to run a job, and kills the fork or fills its disk: for tests/system/test_faults.py.
+"""For tests/system/test_faults.py: a warmed-up process that forks to run jobs, and kills them or fills their disk.
 
-`python faults_worker.py JOB FOLDER KILLS` prints a JSON object: what the job leaves undisturbed and after each fault.
+`python faults_worker.py JOB FOLDER KILLS` prints a JSON object: the files that the job leaves undisturbed and
+after each fault.
 """
 
 import gc
@@ -34,7 +35,7 @@ _KILLED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncat
 
 
 def training(folder):
-    """A function that runs the job into a folder. What is slow or shared is made here, once."""
+    """A function that runs the job into a folder. Slow or shared parts are created here, once."""
     traces = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(12)]
     tokenizer = byte_level(*(trace.completion() for trace in traces))
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=256)
@@ -46,7 +47,7 @@ def curation(folder):
     pool = folder / "pool.jsonl"
     steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(40)]
     write_traces(pool, [Trace(f"Add {n} to its square.", step, str(n + n * n)) for n, step in enumerate(steps)])
-    datasheet.picture = lambda figure, alt: alt  # drawing is nine tenths of the time, and touches no file
+    datasheet.picture = lambda figure, alt: alt  # drawing takes nine tenths of the time and touches no file
     return lambda out: curate([pool], out, CurateConfig(size=20))
 
 
@@ -66,8 +67,7 @@ JOBS = {"training": training, "curation": curation, "evaluation": evaluation}
 
 
 def left_in(out):
-    """The digest of every file of a folder, by name. Durations are left out, and the order of results' lines does not
-    count."""
+    """The digest of every file of a folder, by name. Durations and the order of result lines are ignored."""
     found = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         data = path.read_bytes()
@@ -91,7 +91,7 @@ class Events:
         fsync = os.fsync
 
         def cut_short(fd):
-            if self.count == self.at:  # killed while it was written
+            if self.count == self.at:  # killed while it was being written
                 os.ftruncate(fd, max(0, os.fstat(fd).st_size - self.cut))
             self.hear("fsync", (self.out,))
             fsync(fd)
@@ -136,10 +136,10 @@ def finish(pid):
 def killed_within(job, out, seconds):
     """Runs a job that a signal ends after `seconds` of its CPU time; returns its exit code and those seconds.
 
-    CPU time, because other work on the machine hardly shifts where that is. If the job ends earlier, it runs again with
+    CPU time, because other work on the machine hardly shifts that point. If the job ends earlier, it runs again with
     half the time.
     """
-    # A process that does not handle this signal ends, as on SIGKILL.
+    # A process that does not handle this signal ends, as with SIGKILL.
     code = finish(start(job, out, lambda: signal.setitimer(signal.ITIMER_PROF, seconds)))
     if code:
         return code, seconds
@@ -154,12 +154,12 @@ def error_of(out):
 
 def main(name, folder, kills):
     torch.set_num_threads(1)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file that is too large is an OSError
-    JOBS[name](folder)(folder / "warm")  # so that no fork has to import anything
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file over the limit raises OSError
+    JOBS[name](folder)(folder / "warm")  # so that no fork needs to import anything
     rng, job = random.Random(name), JOBS[name](folder)
     whole = folder / "whole"
     gc.collect()
-    gc.freeze()  # else a collection in a fork touches, and so copies, the memory it shares with this process
+    gc.freeze()  # otherwise garbage collection in a fork would copy the memory it shares with this process
     report = {"whole": finish(start(job, whole)), "error": error_of(whole), "trials": []}
     counted = folder / "events"
     keep = lambda events: counted.with_suffix(".count").write_text(f"{events.count} {time.process_time()}")  # noqa: E731

@@ -1,4 +1,4 @@
-"""Tensors next to inaccessible pages: a read or write just outside them ends the process."""
+"""Tensors beside inaccessible pages: a read or write just outside them kills the process."""
 
 import ctypes
 import mmap

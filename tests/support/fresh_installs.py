@@ -13,7 +13,7 @@ from real_inputs import ROOT
 
 
 def run(*command: str, cwd: Path, **env: str) -> str:
-    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may lead to this rbfast
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may lead to this rbfast
     done = subprocess.run(command, cwd=cwd, env=ours | env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -32,7 +32,7 @@ def fresh(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what git tracks, so that an install cannot lean on build products of this tree."""
+    """A copy of the files that git tracks, so that an install cannot use build products of this tree."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tracked = run("git", "ls-files", "-z", cwd=ROOT).rstrip("\0").split("\0")
@@ -48,11 +48,10 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_compiler(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A C++ compiler that does not optimise, for CXX: a package installs alike, however fast it runs. Tests share what
-    it has compiled."""
+    """A C++ compiler for CXX that does not optimise, as only installation is tested. Tests share its object files."""
     of_run = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        of_run = of_run.parent  # the workers have their own
+        of_run = of_run.parent  # each worker has its own folder
     (of_run / "objects").mkdir(exist_ok=True)
     script = tmp_path / "compiler" / "c++"
     script.parent.mkdir()

@@ -1,4 +1,4 @@
-"""A Llama and its LoRA as GGUF files, as llama.cpp's converters write them; no package has those."""
+"""A Llama and its LoRA as GGUF files, like those of llama.cpp's converters, which no package ships."""
 
 import json
 

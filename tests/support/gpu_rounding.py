@@ -1,10 +1,10 @@
-"""Triton's interpreter with two roundings of a GPU that NumPy does not make.
+"""Triton's interpreter with two kinds of GPU rounding that NumPy lacks.
 
-A product that is added or subtracted is not rounded: the compiler fuses the two. (NVIDIA's special functions, which are
-off by 2 ulp, are not imitated: that is far from any budget.)
+A product that is added or subtracted is not rounded, because the compiler fuses the two. (NVIDIA's special functions,
+which are off by 2 ulp, are not imitated: that is far below every error budget.)
 
 A tensor core adds 16 products and the accumulator in fixed point: each is truncated 25 bits below the leading bit of
-the largest, and the sum to 24 bits. Hopper's were found to work this way (Khattak and Mikaitis 2025, "Accurate Models
+the largest, and the sum to 24 bits. Hopper works this way (Khattak and Mikaitis 2025, "Accurate Models
 of NVIDIA Tensor Cores"); earlier ones add fewer products at once and keep fewer bits.
 """
 
@@ -38,7 +38,7 @@ def fuse_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.multiply(first, second, dtype=np.longdouble)
 
     def add(self: Any, x: TensorHandle, y: TensorHandle, sign: int = 1) -> TensorHandle:
-        if hasattr(x, "factors"):  # of two products one is fused and the other rounded
+        if hasattr(x, "factors"):  # of two products, one is fused and the other rounded
             total = exact(x) + sign * y.data.astype(np.longdouble)
         else:
             total = x.data.astype(np.longdouble) + sign * exact(y)
@@ -55,13 +55,13 @@ def _exponent(x: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _cut(x: NDArray[np.float64], exponent: NDArray[np.int64], bits: int) -> NDArray[np.float64]:
-    """x truncated: without bits that lie `bits` or more below the bit of that exponent."""
+    """x truncated: drops the bits that lie `bits` or more below that exponent."""
     step = np.ldexp(1.0, exponent - bits + 1)
     return np.trunc(x / step) * step
 
 
 def tensor_core_sum(a: NDArray, b: NDArray, total: NDArray) -> NDArray[np.float64]:
-    """total [m, n] + a [m, k] b [k, n] of factors of at most 11 bits, as a tensor core adds it."""
+    """total [m, n] + a [m, k] b [k, n] of factors of at most 11 bits, as a tensor core computes it."""
     a, b, total = (x.astype(np.float64) for x in (a, b, total))
     for start in range(0, a.shape[1], DEPTH):
         left, right = a[:, start : start + DEPTH, None], b[None, start : start + DEPTH]
@@ -74,7 +74,7 @@ def tensor_core_sum(a: NDArray, b: NDArray, total: NDArray) -> NDArray[np.float6
 
 
 def add_as_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every tl.dot add this way; its factors must be pieces of at most 11 bits."""
+    """Makes every tl.dot add this way; its factors must have at most 11 bits."""
 
     def dot(self: Any, a: TensorHandle, b: TensorHandle, total: TensorHandle, *precision: object) -> TensorHandle:
         return TensorHandle(tensor_core_sum(a.data, b.data, total.data).astype(np.float32), total.dtype.scalar)

@@ -6,7 +6,7 @@ from rbfast import ops
 
 
 class GradientCalls(TorchDispatchMode):
-    """For how many matrices each call of column_grad_all is; `alone` counts calls of column_grad."""
+    """`together`: how many matrices each call of column_grad_all takes. `alone`: the number of calls of column_grad."""
 
     def __init__(self) -> None:
         super().__init__()

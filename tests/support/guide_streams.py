@@ -1,4 +1,4 @@
-"""Token streams, one token per byte, and guided rows that are fed with them."""
+"""Token streams, one token per byte, and guided rows that read them."""
 
 import random
 
@@ -23,7 +23,7 @@ def new_row(guide):
 
 
 def drive(guide, stream, entropies=None):
-    """Runs a row to its end as a loop would: the queue's tokens if it has any, else the stream's, then "a"."""
+    """Runs a row to its end as a decoding loop would: tokens of the queue first, then of the stream, then "a"."""
     row, source, fed = new_row(guide), iter(stream), []
     noise = random.Random(0)
     while not row.done:

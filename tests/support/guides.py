@@ -1,4 +1,4 @@
-"""Guides from flat options, as the tests spell them."""
+"""Guides from flat keyword options."""
 
 from dataclasses import fields
 from typing import Any

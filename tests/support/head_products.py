@@ -1,4 +1,4 @@
-"""Operands of the head's products, and what their results must be."""
+"""Operands of the head's products, and checks of the results."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None, ops: Any = rbfast.ops) -> Tensor:
-    """What head_backward_ writes to a tensor of NaNs."""
+    """The result of head_backward_ in a tensor of NaNs."""
     d_hidden = torch.full((len(dz), weight.shape[1]), torch.nan, device=dz.device)
     ops.head_backward_(d_hidden, dz, weight, thresholds)
     return d_hidden

@@ -1,4 +1,4 @@
-"""Counts on a CPU how often code would wait for a GPU: ops whose values the host needs before it can go on."""
+"""Counts on a CPU how often code would wait for a GPU: ops whose values the host needs before it can continue."""
 
 import contextlib
 from collections.abc import Iterator

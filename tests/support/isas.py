@@ -1,4 +1,4 @@
-"""Runs a test on one instruction set of the CPU."""
+"""Selects the CPU instruction set of a test."""
 
 import pytest
 

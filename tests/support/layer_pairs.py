@@ -1,4 +1,4 @@
-"""Small models around a layer of any kind, adapters that cover them, and a check of every gradient."""
+"""Small models around a layer of any kind, adapters for them, and a check of every gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A lock between the workers of a test run, which start together and need the same files."""
+"""A lock for the workers of a test run, which start together and need the same files."""
 
 import fcntl
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets one process in at a time."""
+    """Holds an exclusive lock on this file."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

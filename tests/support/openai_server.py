@@ -1,6 +1,6 @@
 """A small OpenAI-compatible loopback server around a model, which misbehaves on request.
 
-It writes what `script(problem)` says, with the model's own log-probs; it scores prompts in vLLM's way and by echo.
+It writes the text of `script(problem)` with the model's own log-probs, and scores prompts like vLLM or by echo.
 """
 
 import json
@@ -16,15 +16,15 @@ from rbfast.teacher.client import Server
 
 
 class OpenAI:
-    """The server's side. `faults`: how to treat the next requests: None, a status, "hang", "cut" or "kill"."""
+    """The server. `faults`: what happens to the next requests: None, a status, "hang", "cut" or "kill"."""
 
     def __init__(self, model, tokenizer, script=lambda problem: "<answer>1</answer>"):
         self.model, self.tokenizer, self.script = model, tokenizer, script
         self.bytes = token_bytes(tokenizer)
         self.faults, self.requests, self.headers = [], [], []
-        self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
-        self.counts = True  # reports the tokens it read and wrote
-        self.says = b'{"error": "not now"}'  # the body of a refusal
+        self.active, self.most_active, self.pause = 0, 0, 0.0
+        self.reports_usage = True  # whether replies count their tokens
+        self.refusal_body = b'{"error": "not now"}'  # the body of a refusal
         self.retry_after = None  # a header of a refusal
         self.lock = threading.Lock()
         self.http = None
@@ -88,15 +88,15 @@ class OpenAI:
         if body.get("logprobs"):
             prompt = self.tokenizer(problem, add_special_tokens=False).input_ids
             table = self.logprobs(prompt + ids)[len(prompt) - 1 :]
-            choice["logprobs"] = {"content": [self._content(table[i], n, body) for i, n in enumerate(ids)]}
+            choice["logprobs"] = {"content": [self._content_entry(table[i], n, body) for i, n in enumerate(ids)]}
         usage = {"prompt_tokens": len(problem.split()), "completion_tokens": len(ids)}
-        return {"choices": [choice]} | ({"usage": usage} if self.counts else {})
+        return {"choices": [choice]} | ({"usage": usage} if self.reports_usage else {})
 
-    def _content(self, row, number, body):
+    def _content_entry(self, row, number, body):
         best = row.topk(body["top_logprobs"]).indices.tolist()
-        return self._said(row, number) | {"top_logprobs": [self._said(row, n) for n in best]}
+        return self._token_entry(row, number) | {"top_logprobs": [self._token_entry(row, n) for n in best]}
 
-    def _said(self, row, number):
+    def _token_entry(self, row, number):
         raw = self.bytes[number]
         return {"token": self.text(number), "bytes": None if raw is None else list(raw), "logprob": float(row[number])}
 
@@ -114,20 +114,20 @@ class _Handler(BaseHTTPRequestHandler):
             state.requests.append(body)
             state.headers.append({name.title(): value for name, value in self.headers.items()})
             fault = state.faults.pop(0) if state.faults else None
-            state.under_way += 1
-            state.most_under_way = max(state.most_under_way, state.under_way)
+            state.active += 1
+            state.most_active = max(state.most_active, state.active)
         try:
             self._reply(body, fault)
         finally:
             with state.lock:
-                state.under_way -= 1
+                state.active -= 1
 
     def _reply(self, body, fault):
         state = self.state
         if isinstance(fault, int):
-            return self._send(fault, state.says)
+            return self._send(fault, state.refusal_body)
         if fault == "hang":
-            threading.Event().wait(1.0)  # tests replace time.sleep for clients
+            threading.Event().wait(1.0)  # not time.sleep, which tests replace
             return self.connection.close()
         if fault == "kill":
             return self.connection.shutdown(socket.SHUT_RDWR)

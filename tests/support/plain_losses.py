@@ -1,4 +1,4 @@
-"""Textbook losses, to differentiate in fp64, and students near their teacher to test them on."""
+"""Textbook losses to differentiate in fp64, and students near their teacher."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def top_k_divergence(z: Tensor, ids: Tensor, log_p: Tensor, tau: Tensor, beta: float) -> Tensor:
-    """k + 1 buckets of a whole teacher distribution: given on ids, shaped like the student's elsewhere."""
+    """The divergence over k + 1 buckets. The teacher is given on ids, and shaped like the student elsewhere."""
     with torch.no_grad():
         support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
         tail = torch.log_softmax(z.masked_fill(support, -torch.inf), 1)
@@ -37,7 +37,7 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
 
 
 class Near:
-    """A bf16 student, and a teacher whose logits differ by about `gap`: its states have eight features more."""
+    """A bf16 student, and a teacher whose logits differ by about `gap`: its hidden states have eight more features."""
 
     T, H, V, K = 48, 96, 1500, 20
 

@@ -1,7 +1,7 @@
-"""The chat and batch APIs of Anthropic and Gemini, each in its own shape, and the outcome of each request.
+"""The chat and batch APIs of Anthropic and Gemini, and the outcome of each request.
 
-`reply(question, params)` makes the answer to each: a text, or an `Answer` with another status and the error's message.
-A batch has ended when polled for the second time.
+`reply(question, params)` answers each request: with a text, or an `Answer` with another status and an error message.
+A batch has ended at its second poll.
 """
 
 import json
@@ -15,14 +15,14 @@ _UNKNOWN = Answer({"error": {"type": "not_found_error", "message": "no such path
 
 
 class Claude:
-    """Anthropic's messages, and batches of them. `ends`: the type of a request's result, if it is not a reply."""
+    """Anthropic's messages and batches. `ends`: the result types of requests that get no reply."""
 
     url, model = "", "claude-sonnet-4-5"
-    making = ("POST", "/v1/messages/batches")
+    creation = ("POST", "/v1/messages/batches")
     moments = ("POST /v1/messages/batches", "GET /v1/messages/batches/msgbatch_", "GET .*/results")
 
     def __init__(self, reply):
-        self.reply, self.batches, self.looks = reply, {}, {}
+        self.reply, self.batches, self.polls = reply, {}, {}
         self.ends = {}  # by question
 
     def __call__(self, request):
@@ -32,13 +32,13 @@ class Claude:
         if (request.method, path) == ("POST", ""):
             return self.chat(request.body)
         if (request.method, path) == ("POST", "/batches"):
-            return self.make(request.body["requests"])
+            return self.create(request.body["requests"])
         if path == "/batches":
             limit = int(dict(part.split("=") for part in query.split("&")).get("limit", 20))
-            return {"data": [self.said(name) for name in reversed(self.batches)][:limit], "has_more": False}
+            return {"data": [self.status(name) for name in reversed(self.batches)][:limit], "has_more": False}
         if path.endswith("/results"):
             return Answer("".join(json.dumps(line) + "\n" for line in self.results(path.split("/")[2])))
-        return self.look(path.split("/")[2])
+        return self.poll(path.split("/")[2])
 
     def chat(self, params):
         found = self.reply(params["messages"][-1]["content"][0]["text"], params)
@@ -62,27 +62,27 @@ class Claude:
         error = {"type": "invalid_request_error", "message": answer.content}
         return Answer({"type": "error", "error": error}, answer.status)
 
-    def make(self, requests):
+    def create(self, requests):
         keys = [request["custom_id"] for request in requests]
         assert len(set(keys)) == len(keys) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", key) for key in keys)
         assert all({"model", "messages", "max_tokens"} <= request["params"].keys() for request in requests)
         assert not any("stream" in request["params"] for request in requests)
         self.batches[name := f"msgbatch_{len(self.batches)}"] = requests
-        return self.said(name)
+        return self.status(name)
 
-    def said(self, name):
-        ended = self.looks.get(name, 0) > 1
+    def status(self, name):
+        ended = self.polls.get(name, 0) > 1
         done, count = "succeeded" if ended else "processing", len(self.batches[name])
         counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0) | {done: count}
         status = "ended" if ended else "in_progress"
         return {"id": name, "type": "message_batch", "processing_status": status, "request_counts": counts}
 
-    def look(self, name):
-        self.looks[name] = self.looks.get(name, 0) + 1
-        return self.said(name)
+    def poll(self, name):
+        self.polls[name] = self.polls.get(name, 0) + 1
+        return self.status(name)
 
     def results(self, name):
-        for request in reversed(self.batches[name]):  # a batch does not keep the order
+        for request in reversed(self.batches[name]):  # batches do not keep the order
             question = request["params"]["messages"][-1]["content"][0]["text"]
             found = self.chat(request["params"])
             if question in self.ends:
@@ -95,14 +95,14 @@ class Claude:
 
 
 class Gemini:
-    """Gemini's generateContent, its files, and batches of them. `state`: the state in which a batch ends."""
+    """Gemini's generateContent, files and batches. `state`: the final state of a batch."""
 
     url, model = "/v1beta", "gemini-2.5-pro"
-    making = ("POST", "/v1beta/models/gemini-2.5-pro:batchGenerateContent")
+    creation = ("POST", "/v1beta/models/gemini-2.5-pro:batchGenerateContent")
     moments = ("POST /upload/", "POST /place/", "POST .*:batch", "GET /v1beta/batches/", "GET /download/")
 
     def __init__(self, reply):
-        self.reply, self.files, self.batches, self.looks = reply, {}, {}, {}
+        self.reply, self.files, self.batches, self.polls = reply, {}, {}, {}
         self.state, self.error = "BATCH_STATE_SUCCEEDED", None
 
     def __call__(self, request):
@@ -120,12 +120,12 @@ class Gemini:
         if path == f"/v1beta/models/{self.model}:generateContent":
             return self.chat(request.body)
         if path == f"/v1beta/models/{self.model}:batchGenerateContent":
-            return self.make(request.body["batch"])
+            return self.create(request.body["batch"])
         if path == "/v1beta/batches":
-            return {"operations": [self.said(name) for name in self.batches]}
+            return {"operations": [self.status(name) for name in self.batches]}
         if path.startswith("/download/v1beta/files/"):
             return Answer(self.files[path.removeprefix("/download/v1beta/").removesuffix(":download")])
-        return self.look(path.removeprefix("/v1beta/")) if path.startswith("/v1beta/batches/") else _UNKNOWN
+        return self.poll(path.removeprefix("/v1beta/")) if path.startswith("/v1beta/batches/") else _UNKNOWN
 
     def chat(self, request):
         found = self.reply(request["contents"][-1]["parts"][0]["text"], request.get("generationConfig", {}))
@@ -136,31 +136,31 @@ class Gemini:
         candidate = {"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}
         return {"candidates": [candidate], "usageMetadata": usage}
 
-    def make(self, batch):
+    def create(self, batch):
         lines = self.files[batch["input_config"]["file_name"]].splitlines()
         self.batches[name := f"batches/{len(self.batches)}"] = batch | {
             "requests": [json.loads(line) for line in lines]
         }
-        return self.said(name)
+        return self.status(name)
 
-    def said(self, name):
-        batch, looks = self.batches[name], self.looks.get(name, 0)
-        said = {"name": name, "metadata": {"displayName": batch["display_name"]}}
-        said["metadata"]["batchStats"] = {"requestCount": str(len(batch["requests"]))}
-        if looks == 0:
-            return said  # a new batch reports neither its state nor its counts
-        if looks == 1:
-            said["metadata"] |= {"state": "BATCH_STATE_RUNNING"}
-            return said
-        said["metadata"] |= {"state": self.state}
+    def status(self, name):
+        batch, polls = self.batches[name], self.polls.get(name, 0)
+        operation = {"name": name, "metadata": {"displayName": batch["display_name"]}}
+        operation["metadata"]["batchStats"] = {"requestCount": str(len(batch["requests"]))}
+        if polls == 0:
+            return operation  # a new batch reports neither its state nor its counts
+        if polls == 1:
+            operation["metadata"] |= {"state": "BATCH_STATE_RUNNING"}
+            return operation
+        operation["metadata"] |= {"state": self.state}
         if self.state != "BATCH_STATE_SUCCEEDED":
-            return said | {"done": True, "error": {"code": 13, "message": self.error}}
+            return operation | {"done": True, "error": {"code": 13, "message": self.error}}
         self.files[results := f"files/of-{name[8:]}"] = "".join(map(self.result, batch["requests"]))
-        return said | {"done": True, "response": {"responsesFile": results}}
+        return operation | {"done": True, "response": {"responsesFile": results}}
 
-    def look(self, name):
-        self.looks[name] = self.looks.get(name, 0) + 1
-        return self.said(name)
+    def poll(self, name):
+        self.polls[name] = self.polls.get(name, 0) + 1
+        return self.status(name)
 
     def result(self, line):
         found = self.chat(line["request"])

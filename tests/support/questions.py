@@ -1,4 +1,4 @@
-"""Questions to a teacher, and the solutions that it writes."""
+"""Questions for a teacher, and the solutions it writes."""
 
 from rbfast.teacher.solutions import Question
 

@@ -1,4 +1,4 @@
-"""A C++ compiler that does not optimise, and caches what it compiles in a folder.
+"""A C++ compiler that does not optimise, and caches its object files in a folder.
 
     python quick_compiler.py FOLDER COMPILER ARGUMENTS...
 

@@ -1,4 +1,4 @@
-"""The matrices of Qwen2.5-7B, which is too large to be built in a test."""
+"""The matrices of Qwen2.5-7B, which is too large to build in a test."""
 
 from rbfast.models.linears import Shape
 

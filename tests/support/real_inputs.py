@@ -1,4 +1,4 @@
-"""Where the tests find real inputs: the folder named by RBFAST_DATA, else `../shared/data` beside the repository."""
+"""Real inputs for the tests: in the folder named by RBFAST_DATA, or else in `../shared/data` beside the repository."""
 
 import os
 from pathlib import Path

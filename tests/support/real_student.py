@@ -1,4 +1,4 @@
-"""The real student in float32, converted once: its GGUF file takes twenty seconds to read, the folder of it one."""
+"""The real student in float32, converted once: its GGUF file takes twenty seconds to read, its folder one second."""
 
 from importlib.metadata import version
 
@@ -8,7 +8,7 @@ from real_inputs import ROOT
 
 
 def student_folder() -> str:
-    """The folder, in build/student, which the first run on a machine makes; skips if the student is not installed."""
+    """The folder in build/student, which the first run on a machine creates. Skips if the student is not installed."""
     import torch
 
     from rbfast.models.gguf_files import gguf_path

@@ -1,4 +1,4 @@
-"""Real thinking of four models."""
+"""Real thinking texts of four models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Rows of logits with their signals, the op's results on them, and hard cases for every implementation."""
+"""Rows of logits with teacher signals, the op's results, and hard cases for every implementation."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -68,9 +68,9 @@ class Rows:
         """In fp64, with the student's and the teacher's values moved up or down by the head's roundings."""
         g = torch.Generator().manual_seed(7)
         rows, names = self.double(), ("logits", "teacher", "logprobs")
-        said = {name: getattr(rows, name) for name in names if getattr(rows, name) is not None}
+        given = {name: getattr(rows, name) for name in names if getattr(rows, name) is not None}
         moved = {
-            name: x * (1 + ROUNDINGS * EPS32 * torch.randn(x.shape, generator=g).sign()) for name, x in said.items()
+            name: x * (1 + ROUNDINGS * EPS32 * torch.randn(x.shape, generator=g).sign()) for name, x in given.items()
         }
         return replace(rows, **moved)
 
@@ -105,7 +105,7 @@ def make(
 
 
 def make_with_part_of_a_head(kind: str, part: str) -> Rows:
-    """Rows of a head that has one part alone."""
+    """Rows of a head with only one part."""
     return replace(make(kind), **{part: getattr(make(kind, head=True), part)})
 
 
@@ -124,7 +124,7 @@ def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
 
 
 def extreme(kind: str, beta: float) -> Rows:
-    """Logits of 1e4 and -1e4, in turn."""
+    """Logits that alternate between 1e4 and -1e4."""
     rows = make(kind, 50, 50, beta=beta)
     sign = torch.where(torch.arange(50) % 2 == 0, 1.0, -1.0)
     rows = replace(rows, logits=1e4 * torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, sign, -sign).contiguous())
@@ -132,7 +132,7 @@ def extreme(kind: str, beta: float) -> Rows:
 
 
 def certain(kind: str, beta: float) -> Rows:
-    """A teacher that gives one id all its mass."""
+    """A teacher that gives all its mass to one id."""
     if kind == "dense":
         teacher = torch.full((9, 50), -torch.inf)
         teacher[:, 7] = 3.0
@@ -144,23 +144,23 @@ def certain(kind: str, beta: float) -> Rows:
 
 
 def over_one(beta: float) -> Rows:
-    """A teacher whose probabilities add up to more than 1, as rounded ones may."""
+    """A teacher whose probabilities sum to more than 1, as rounded ones may."""
     rows = make("top-k", 50, beta=beta)
     total = rows.logprobs.exp().where(rows.ids >= 0, 0.0).sum(1, keepdim=True)
     return replace(rows, logprobs=rows.logprobs - total.log() + 0.001)
 
 
 def below_one_without_a_tail(beta: float) -> Rows:
-    """A teacher of every id whose probabilities add up to less than 1."""
+    """A teacher with candidates for every id, whose probabilities sum to less than 1."""
     rows = make("top-k", 5, beta=beta)
     return replace(rows, logprobs=rows.logprobs - 0.1)
 
 
 def cold(beta: float) -> Rows:
-    """At a temperature at which all of the teacher's probabilities underflow fp32.
+    """A temperature at which all of the teacher's probabilities underflow fp32.
 
-    The support outweighs the tail, by less from row to row and finally not at all. Then there is no support; in the
-    last rows one id has almost all of the student's tail, and so of the teacher's.
+    From row to row the support outweighs the tail by less, and finally not at all. The next row has no support. In the
+    last rows, one id has almost all of the student's tail, and so of the teacher's.
     """
     rows = make("top-k", 1000, k=20, beta=beta)
     each = torch.tensor((0.045, 0.01, 2e-3, 1.1e-3, 1e-3, 0.0, 1e-3, 0.01, 1e-4))
@@ -173,14 +173,14 @@ def cold(beta: float) -> Rows:
 
 
 def masked(beta: float) -> Rows:
-    """A bias of minus infinity at id 3, which the teacher has too."""
+    """A bias of minus infinity at id 3, for the student and the teacher."""
     rows, bias = make("dense", 50, 50, beta=beta), torch.zeros(50)
     bias[3] = -torch.inf
     return replace(rows, bias=bias, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + bias)
 
 
 def masked_label(kind: str) -> Rows:
-    """Rows whose label has a logit of minus infinity and no weight; a top-k teacher does not have it."""
+    """Rows whose label has a logit of minus infinity and no weight; it is not a candidate of a top-k teacher."""
     rows = make(kind, 50, 50)
     labels = rows.logits.argmin(1)
     logits = rows.logits.scatter(1, labels.unsqueeze(1), -torch.inf)
@@ -194,14 +194,14 @@ def assert_masked(results: tuple[Tensor, ...]) -> None:
 
 def assert_reverse_kl_floors_a_teacher_of_zero(implementation=ops) -> None:
     rows = certain("dense", 1.0)
-    # What is rounded is a log-prob of -100, times q <= 1 and the row's factor.
+    # The rounded value is a log-prob of -100, times q <= 1 and the row's factor.
     atol = ROUNDINGS * EPS32 * 100 * float((rows.kl_weight * rows.temperature).max())
     for ours, exact in zip(rows.run(implementation), rows.double().run(reference), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=ROUNDINGS * EPS32, atol=atol)
 
 
 def tiny_tail(student_tail: float, V: int = 1000) -> Rows:
-    """One column has nearly all the student's mass, the teacher gives it 0.9; elsewhere dz = q_v (1 - 0.1 / q_tail)."""
+    """One column has nearly all the student's mass; the teacher gives it 0.9. Elsewhere dz = q_v (1 - 0.1 / q_tail)."""
     logits = torch.zeros(1, V)
     logits[0, 0] = torch.log(torch.tensor((V - 1) / student_tail))
     one, label = torch.ones(1), torch.zeros(1, dtype=torch.int64)
@@ -214,8 +214,8 @@ def assert_tail(dz: Tensor) -> None:
 
 
 def assert_no_tail(implementation, beta: float) -> None:
-    """Where the student's logits outside of the support are minus infinity, or in the first row one is NaN."""
-    rows = make("top-k", 50, beta=beta).at(slice(1, 9))  # without the one that has padding
+    """The student's logits outside the support are minus infinity, except for one NaN in the first row."""
+    rows = make("top-k", 50, beta=beta).at(slice(1, 9))  # without the row that has padding
     others = torch.ones(8, 50).scatter(1, rows.ids, 0.0) > 0
     rows = replace(rows, logits=rows.logits.masked_fill(others, -torch.inf), labels=rows.ids[:, 0])
     rows.logits[0, int(others[0].nonzero()[0])] = torch.nan
@@ -236,15 +236,15 @@ def assert_no_rows(results: tuple[Tensor, ...]) -> None:
 
 
 def with_factors(kind: str) -> tuple[Rows, Rows]:
-    """The same rows twice: with values per row and factors, and with their products as values per row."""
+    """The same rows twice: with values per row and factors, and with the products as values per row."""
     rows, numbers = make(kind, 50, 50, head=True), (0.25, 3.0, 0.5)
-    spelt = {name: getattr(rows, name) * number for name, number in zip(WEIGHTS, numbers, strict=True)}
-    return replace(rows, **dict(zip(FACTORS, numbers, strict=True))), replace(rows, **spelt)
+    per_row = {name: getattr(rows, name) * number for name, number in zip(WEIGHTS, numbers, strict=True)}
+    return replace(rows, **dict(zip(FACTORS, numbers, strict=True))), replace(rows, **per_row)
 
 
 def without_values(kind: str) -> tuple[Rows, Rows]:
     """The same rows twice: with factors only, and with the same numbers as values per row."""
     rows, numbers = make(kind, 50, 50), (0.75, 0.125, 1.5)
-    spelt = {name: torch.full((9,), number) for name, number in zip(WEIGHTS, numbers, strict=True)}
+    per_row = {name: torch.full((9,), number) for name, number in zip(WEIGHTS, numbers, strict=True)}
     given = dict(zip(FACTORS, numbers, strict=True)) | dict.fromkeys(WEIGHTS)
-    return replace(rows, **given), replace(rows, **spelt)
+    return replace(rows, **given), replace(rows, **per_row)

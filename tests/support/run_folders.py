@@ -1,4 +1,4 @@
-"""Folders as finished runs leave them, written by hand."""
+"""Folders like those of finished runs, written by hand."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""A loopback server that writes a script, misbehaves on request, and records what it is asked."""
+"""A loopback server that writes a script, misbehaves on request, and records its requests."""
 
 import json
 import threading
@@ -14,27 +14,27 @@ from rbfast.inference.solver import Sampling
 from rbfast.teacher.client import Server
 
 PROMPT = "Q\n"
-WORDS = "|".join(["word. "] * 20_000)  # more than asked for: what a closed stream did not deliver is lost
+WORDS = "|".join(["word. "] * 20_000)  # more than requested: a closed stream loses its undelivered part
 
 
 class Script:
-    """Writes words of the seed's script, one per token, from where its last reply ended."""
+    """Writes the words of the seed's script, one per token, from the end of its last reply."""
 
     def __init__(self, *scripts):
         self.scripts = [script.split("|") for script in scripts]
         self.requests, self.headers, self.probes = [], [], []
-        self.faults: list = []  # one a request: None, an int status, "close", "ignore", "deaf", "garbage", "nonsense"
+        self.faults: list = []  # one per request: None, an int status, "close", "ignore", "deaf", "garbage", "nonsense"
         self.completions, self.usage = True, True
         self.finish = None  # the finish reason; None: "stop" or "length"
-        self.told = Counter()
-        self.logprobs = []  # of the candidates at a token; used in turn, over and over
+        self.delivered = Counter()
+        self.logprobs = []  # of the candidates at each token; used cyclically
         self.probed = ["4"]  # answers to probes; the last one is repeated
 
     def script(self, body):
         return self.scripts[body["seed"] % len(self.scripts)]
 
     def pieces(self, body, ignore):
-        left = self.script(body)[self.told[body["seed"]] :]
+        left = self.script(body)[self.delivered[body["seed"]] :]
         return left if ignore else left[: body["max_tokens"]]
 
 
@@ -46,7 +46,7 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def start():
-    """A function that starts a server with these scripts; returns its state and a client of it."""
+    """A function that starts a server with these scripts and returns its state and a client."""
     servers = []
 
     def run(*scripts, **options):
@@ -97,27 +97,27 @@ def start():
                 if fault == "nonsense":
                     return self.wfile.write(b'data: {"choices": 3}\n\n')
                 if fault == "ignore":
-                    # All in one event, which lists its tokens.
+                    # A single event, which lists its tokens.
                     return self.event({"text": "".join(pieces), "logprobs": {"tokens": pieces}})
                 for number, piece in enumerate(pieces):
                     if fault in ("close", "garbage") and number == 2:
                         return self.wfile.write(b"data: {broken\n\n") if fault == "garbage" else None
-                    state.told[body["seed"]] += 1
+                    state.delivered[body["seed"]] += 1
                     try:
-                        self.event({"text": piece} | self.said(piece, state.told[body["seed"]], body))
+                        self.event({"text": piece} | self.logprobs_of(piece, state.delivered[body["seed"]], body))
                     except OSError:
                         return
-                done = state.told[body["seed"]] >= len(state.script(body))
+                done = state.delivered[body["seed"]] >= len(state.script(body))
                 self.event({"text": "", "finish_reason": state.finish or ("stop" if done else "length")})
                 if state.usage == "exact":
-                    self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": self.exact(pieces)}).encode())
+                    self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": self.usage_of(pieces)}).encode())
                     self.wfile.write(b"\n\n")
                 self.wfile.write(b"data: [DONE]\n\n")
 
-            def exact(self, pieces):
+            def usage_of(self, pieces):
                 return {"completion_tokens": sum(len(piece.split()) for piece in pieces)}
 
-            def said(self, piece, number, body):
+            def logprobs_of(self, piece, number, body):
                 if not state.logprobs or "logprobs" not in body:
                     return {}
                 best = state.logprobs[number % len(state.logprobs)]
@@ -141,12 +141,12 @@ def start():
 
 
 def guide(**options):
-    """A guide whose budget a script fills."""
+    """A guide with a budget that a script can exhaust."""
     return make_guide(**{"budget": 120, "reserve": 40} | SHORT | options)
 
 
-def samples_of(server, asked, problem="q", *, samples, concurrency=8, **options):
+def samples_of(server, chosen_guide, problem="q", *, samples, concurrency=8, **options):
     """The solutions of one problem."""
     sampling = Sampling(samples, temperature=0.8 if samples > 1 else 0.0, **options)
-    [solutions] = ServerSolver(server, concurrency=concurrency).solve([problem], asked, sampling)
+    [solutions] = ServerSolver(server, concurrency=concurrency).solve([problem], chosen_guide, sampling)
     return solutions

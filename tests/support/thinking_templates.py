@@ -1,4 +1,4 @@
-"""Chat templates with the habits of public models, written for the tests, and small tokenizers that carry them."""
+"""Chat templates that imitate those of public models, and small tokenizers that carry them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +37,7 @@ _STRINGS_ONLY = """{%- for m in messages %}{% set content = m.content if m.conte
 {{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-# The thought of a turn is rendered after the last question only; it comes in a field, or in tags in the content.
+# A thought is rendered only after the last question; it comes in a field, or in tags in the content.
 _QWEN3 = """{%- set ns = namespace(last=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
@@ -81,7 +81,7 @@ _DEEPSEEK_V31 = """{%- if thinking is not defined %}{% set thinking = false %}{%
 {%- else %}{{ m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|>' + ('<think>' if thinking else '</think>') }}{% endif %}"""
 
-# Nothing ends a turn: the next one's header does.
+# No token ends a turn: the header of the next turn does.
 _GLM = """[gMASK]<sop>{%- for m in messages %}
 {%- if m.role == 'assistant' %}{{ '<|assistant|>\n<think>' + (m.reasoning_content or '') | trim + '</think>\n' }}
 {{- m.content | trim }}
@@ -117,7 +117,7 @@ _NEMOTRON = """{%- set on = true %}{{ bos_token }}{%- for m in messages %}{% set
 {%- if messages[0].role == 'system' and '/no_think' in messages[0].content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
 {%- endif %}"""
 
-# The last reply follows the opened thought, whatever it holds.
+# The last reply always follows the opened thought.
 _NEMOTRON_NANO = """{%- for m in messages %}{% if m.role != 'assistant' %}
 {{- '<SPECIAL_11>' + m.role + '\n' + m.content + '\n' }}
 {%- elif loop.last %}{{ '<SPECIAL_11>Assistant\n<think>\n' + m.content.strip() + '\n<SPECIAL_12>\n' }}
@@ -153,12 +153,12 @@ _WRAPPED = """{%- for m in messages %}{% if m.role == 'assistant' %}
 {%- if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
 
 
-# Tags that the content must say again, though the prompt opens them, and whose end the template never names.
+# The content must repeat tags that the prompt opens, and the template never names the closing tag.
 _OLMO3 = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
 {{- eos_token if m.role == 'assistant' and loop.last else '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"""
 
-# A reply that has marks of its own before the end of the turn.
+# A reply with its own markers before the end of the turn.
 _COHERE = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}
 {{- '<|user|>' + m.content + '<|end_of_turn|>' }}
 {%- elif m.content is string %}{{ '<|bot|><|START_RESPONSE|>' + m.content + '<|END_RESPONSE|><|end_of_turn|>' }}
@@ -167,7 +167,7 @@ _COHERE = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}
 {%- else %}{{ '<|START_RESPONSE|>' + b.text + '<|END_RESPONSE|>' }}{% endif %}{% endfor %}{{ '<|end_of_turn|>' }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
 
-# A thought among blocks of its own kind; the prompt says whether one is wanted.
+# A thought in a block of its own kind; the prompt says whether to think.
 _APERTUS = """{{ bos_token + '<|dev|>' + ('on' if enable_thinking else 'off') }}{% for m in messages %}
 {%- if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|bot|>' }}
 {%- if m.content is string %}{{ m.content }}{% else %}{% for b in m.content.blocks %}
@@ -175,7 +175,7 @@ _APERTUS = """{{ bos_token + '<|dev|>' + ('on' if enable_thinking else 'off') }}
 {%- endfor %}{% endif %}{{ '<|eot|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
 
-# A system prompt that speaks of the tags if thinking is on; the tags themselves are dropped.
+# A system prompt that mentions the tags if thinking is on; the tags themselves are dropped.
 _GRANITE = """{{ '<|role|>system<|/role|>' + ('Think in <think></think>.' if thinking else 'Be kind.') + '<|eot|>' }}
 {%- for m in messages %}{{ '<|role|>' + m.role + '<|/role|>' + m.content.split('</think>')[-1] + '<|eot|>' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|role|>assistant<|/role|>' }}{% endif %}"""
@@ -189,7 +189,7 @@ _OWN_SWITCH = """{%- for m in messages %}{{ '<|' + m.role + '|>' }}
 
 @dataclass(frozen=True)
 class Case:
-    """A template, what its tokenizer knows, and what is found.
+    """A template, its special tokens, and the expected thinking format.
 
     `thought` is the message field of a thought, "tags" for its place in the content; None if the template drops it.
     """

@@ -1,4 +1,4 @@
-"""A tiny random causal model and a byte-level tokenizer, for tests that need any model at all."""
+"""A tiny random causal model and a byte-level tokenizer, for tests that need some model."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def model_of_words(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> LlamaForCausalLM:
-    """A tiny random model of a tokenizer's whole vocabulary, which ends where the tokenizer says."""
+def tiny_model_for(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> LlamaForCausalLM:
+    """A tiny random model with a tokenizer's whole vocabulary and its end token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

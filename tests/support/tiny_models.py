@@ -39,7 +39,7 @@ _DENSE = dict(intermediate_size=40, num_key_value_heads=2)
 _GPT2 = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 _MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=4)
 _EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-# By family: the model type, and what its config says besides the sizes above. Windows are shorter than the examples.
+# By family: the model type, and its config besides the sizes above. Windows are shorter than the examples.
 FAMILIES = {
     "llama": ("llama", _DENSE),
     "llama-tied": ("llama", _DENSE | dict(tie_word_embeddings=True)),
@@ -91,18 +91,18 @@ FAMILIES = {
 
 
 def family(name, dtype=torch.float32, **overrides):
-    """A model of FAMILIES, the same one every time."""
+    """A model of FAMILIES, with the same weights every time."""
     model_type, config = FAMILIES[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **_SIZES | config | overrides))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):  # they start at zero, and would hide that one was forgotten
+            if parameter_name.endswith("bias"):  # zeros would hide a forgotten bias
                 parameter.normal_(std=0.1)
     return model.to(dtype).eval()
 
 
-def seeing(model_type="gemma3"):
+def vision_model(model_type="gemma3"):
     """A model with a vision tower beside its text model: Gemma 3 from 4B on, Mistral 3, Qwen2.5-VL."""
     text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     text |= dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None)
@@ -145,7 +145,7 @@ def same_bits(left, right):
 
 
 def train(model, adapter, steps=3, optimizer=None):
-    """Takes steps on two batches in turn; returns the losses."""
+    """Takes steps on two alternating batches; returns the losses."""
     optimizer = optimizer or torch.optim.AdamW(adapter.parameters(), lr=0.05)
     losses = []
     for step in range(steps):

@@ -25,15 +25,17 @@ def teacher():
 
 
 def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
-    own = "rounds", "writing", "adapter", "questions", "teacher"
-    how = dict(rounds=3, writing=WRITING, teacher=None) | {name: settings.pop(name) for name in own if name in settings}
-    how["teacher"] = how["teacher"] or teacher()
-    questions = how.pop("questions", QUESTIONS)
+    names = "rounds", "writing", "adapter", "questions", "teacher"
+    arguments = dict(rounds=3, writing=WRITING, teacher=None) | {
+        name: settings.pop(name) for name in names if name in settings
+    }
+    arguments["teacher"] = arguments["teacher"] or teacher()
+    questions = arguments.pop("questions", QUESTIONS)
     if cut_at is not None:
         monkeypatch.setattr(module, "_RoundsBar", cut_bar(cut_at))
     try:
         config = replace(CONFIG, **settings)
-        return distill_on_policy(model or student(), TOKENIZER, questions, folder, config, True, **how)
+        return distill_on_policy(model or student(), TOKENIZER, questions, folder, config, True, **arguments)
     finally:
         if monkeypatch is not None:
             monkeypatch.undo()
@@ -48,5 +50,5 @@ def cut_bar(step):
     return Cut
 
 
-def written(folder):
+def read_samples(folder):
     return {path.name: path.read_text() for path in sorted((folder / "samples").glob("*.jsonl"))}

@@ -11,7 +11,7 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
 TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
 
-HOW = "adapter", "held_out", "keep_best", "report_to"  # arguments that are not settings of the config
+RUN_ARGUMENTS = "adapter", "held_out", "keep_best", "report_to"  # of `distill`, besides the config
 
 
 class PowerCut(TrainerCallback):
@@ -37,8 +37,8 @@ def run(folder, monkeypatch, cut_at=None, model=None, **settings):
                 self.add_callback(PowerCut(cut_at))
 
             patch.setattr(DistillTrainer, "__init__", begin)
-        how = {name: settings.pop(name) for name in HOW if name in settings}
-        shape = {} if "adapter" in how else dict(density=0.2, rank=3)
+        arguments = {name: settings.pop(name) for name in RUN_ARGUMENTS if name in settings}
+        shape = {} if "adapter" in arguments else dict(density=0.2, rank=3)
         config = DistillConfig(**dict(save_steps=2, batch_size=4, learning_rate=1e-2) | shape | settings)
-        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, **how)
+        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, **arguments)
         return found.adapter.state_dict()

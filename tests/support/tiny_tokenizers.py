@@ -1,4 +1,4 @@
-"""Small tokenizers, trained on the spot: byte-level BPE as GPT-2's, and BPE with byte fallback as Llama's."""
+"""Small tokenizers, trained on demand: byte-level BPE as in GPT-2, and BPE with byte fallback as in Llama."""
 
 import json
 
@@ -20,7 +20,7 @@ def byte_level(*texts, size=320):
 
 
 def byte_fallback(*texts, size=64):
-    """`size` counts neither the 256 lone bytes nor the two special tokens."""
+    """`size` excludes the 256 byte tokens and the two special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))

@@ -1,6 +1,6 @@
-"""One trace in each of the shapes that are read, and the name of the shape it is read as.
+"""One trace in each supported format, and the name of the format it is read as.
 
-`tests/data/formats/` has one file per shape, written by hand, all of the same trace.
+`tests/data/formats/` has one file per format, written by hand, all with the same trace.
 """
 
 import json
@@ -12,7 +12,7 @@ QUESTION, THOUGHT = "What is 20 + 22?", "Add them: 20 + 22 = 42."
 SYSTEM = "Your role is to think at length before you answer."
 PLAIN: dict[str, Any] = {"problem": QUESTION, "reasoning": THOUGHT, "answer": "42"}
 
-# How the trace differs from PLAIN, and the shape that the row is read as.
+# How the trace differs from PLAIN, and the format that the row is read as.
 GOLDEN: dict[str, tuple[dict[str, Any], str]] = {
     "native": ({"id": "7", "domain": "arithmetic"}, "native traces"),
     "s1k": ({"domain": "math", "source": "made/by_hand"}, "s1K trajectories"),

@@ -1,4 +1,4 @@
-"""How the tests call the Triton kernels: on a GPU, or on the CPU if TRITON_INTERPRET asks for the interpreter."""
+"""Calls of the Triton kernels: on a GPU, or on the CPU if TRITON_INTERPRET selects the interpreter."""
 
 import os
 from dataclasses import replace
@@ -29,7 +29,7 @@ def run_triton(name: str, d: Delta) -> tuple[Tensor, ...]:
 
 
 def assert_below(name: str, error: Tensor, budget: Tensor) -> None:
-    """Checks every element. The message says by how much one is over: a single run on a GPU must suffice."""
+    """Checks every element. The message gives the largest excess, so that a single run on a GPU suffices."""
     is_over = ~(error <= budget)
     if is_over.any():
         share, at = (error / budget).masked_fill(~is_over, 0.0).nan_to_num(torch.inf).flatten().max(0)

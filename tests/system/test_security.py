@@ -265,7 +265,8 @@ def test_no_name_in_a_file_becomes_a_path(tmp_path, name):
 def server(monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", KEY)
     with serving(llama(vocab_size=len(TOKENIZER)), TOKENIZER, script=solve) as server:
-        server.says = json.dumps({"error": f"Incorrect API key provided: Bearer {KEY}. " + "x" * 470 + KEY}).encode()
+        refusal = {"error": f"Incorrect API key provided: Bearer {KEY}. " + "x" * 470 + KEY}
+        server.refusal_body = json.dumps(refusal).encode()
         yield server
 
 

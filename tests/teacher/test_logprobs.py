@@ -219,7 +219,7 @@ def test_server_with_other_tokens_reads_earlier_turns(tmp_path, dialect):
 
 def test_trace_refused_by_a_server_does_not_stop_the_others(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
-        server.faults, server.says = [400], b"the maximum context length is 64 tokens"
+        server.faults, server.refusal_body = [400], b"the maximum context length is 64 tokens"
         [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
         assert trace == TRACES[0] and "maximum context length" in reason and len(store) == 2
 

@@ -51,8 +51,8 @@ def ask(api, folder, questions=QUESTIONS[:4], batch=True, options=None, **wanted
 
 
 def created(api):
-    making = type(api.answers[0]).making
-    return [request for request in api.requests if (request.method, request.path) == making]
+    creation = type(api.answers[0]).creation
+    return [request for request in api.requests if (request.method, request.path) == creation]
 
 
 def replace_first_answer(api, moment, wrong):
@@ -124,7 +124,7 @@ def test_killed_call_resumes_its_batch(tmp_path, kind, moment):
 def test_batch_that_was_never_created_is_forgotten(tmp_path, kind):
     with answering(kind(solved)) as api:
         answer = api.answer
-        api.answer = lambda request: Answer("killed", 499) if request.path == kind.making[1] else answer(request)
+        api.answer = lambda request: Answer("killed", 499) if request.path == kind.creation[1] else answer(request)
         with pytest.raises(ServerError, match="returned 499"):
             ask(api, tmp_path)
         api.answer = answer
@@ -136,7 +136,7 @@ def test_batch_that_was_never_created_is_forgotten(tmp_path, kind):
 def test_unconfirmed_batch_is_not_created_again(tmp_path, kind):
     api_of = kind(solved)
     with answering(api_of) as api:
-        replace_first_answer(api, kind.making[0] + " " + kind.making[1] + "$", Answer("lost", 503))
+        replace_first_answer(api, kind.creation[0] + " " + kind.creation[1] + "$", Answer("lost", 503))
         assert len(ask(api, tmp_path).traces) == 4
         assert len(created(api)) == len(api_of.batches) == 1
 
@@ -157,8 +157,8 @@ def test_batch_refused_with_429_is_created_without_a_search(tmp_path, kind):
         answer, refusals = api.answer, [Answer("slow down", 429)]
 
         def busy(request):
-            making = (request.method, request.path) == kind.making
-            return refusals.pop() if making and refusals else answer(request)
+            is_creation = (request.method, request.path) == kind.creation
+            return refusals.pop() if is_creation and refusals else answer(request)
 
         api.answer = busy
         assert len(ask(api, tmp_path).traces) == 4 and len(api_of.batches) == 1
@@ -245,7 +245,7 @@ def test_another_calls_batch_of_the_same_size_is_not_taken(tmp_path):
     with answering(api_of) as api:
         ask(api, tmp_path / "before")
         answer = api.answer
-        api.answer = lambda request: Answer("killed", 499) if request.path == Claude.making[1] else answer(request)
+        api.answer = lambda request: Answer("killed", 499) if request.path == Claude.creation[1] else answer(request)
         with pytest.raises(ServerError, match="returned 499"):
             ask(api, tmp_path / "ours", QUESTIONS[4:8])
         api.answer = answer

@@ -89,7 +89,7 @@ def test_changed_model_or_sampling_sends_a_new_request(server, tmp_path, changes
 def test_concurrency_is_used_and_not_exceeded(server, tmp_path):
     server.pause = 0.05
     teach(server.client(), QUESTIONS, tmp_path, concurrency=3)
-    assert server.most_under_way == 3
+    assert server.most_active == 3
 
 
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "kill", "hang"])
@@ -104,7 +104,7 @@ def test_faults_are_retried_without_a_trace(server, tmp_path, monkeypatch, fault
 def test_wait_for_a_busy_server_is_reported(server, tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     monkeypatch.setattr("rbfast.teacher.asking._LONGEST_SILENCE", 0.01)
-    server.faults, server.says, server.retry_after = [429, 503], b"not yet, sk-secret", "7"
+    server.faults, server.refusal_body, server.retry_after = [429, 503], b"not yet, sk-secret", "7"
     calls, reported, pauses = [], threading.Event(), []
     pause = lambda seconds: pauses.append(seconds) or reported.wait(10)  # noqa: E731
     monkeypatch.setattr(time, "sleep", pause)
@@ -187,7 +187,7 @@ def test_full_disk_stops_and_keeps_the_pending_replies_that_fit(server, tmp_path
 def test_ctrl_c_ends_retries(server, tmp_path, monkeypatch, capsys, ctrl_c, fault):
     woken, client = threading.Event(), server.client()
     monkeypatch.setattr(time, "sleep", lambda seconds: woken.wait(10))
-    server.faults, server.says = [fault], b"no JSON"
+    server.faults, server.refusal_body = [fault], b"no JSON"
     with pytest.raises(KeyboardInterrupt):
         teach(
             client,
@@ -302,7 +302,7 @@ def test_stored_reply_shows_how_far_a_teacher_exceeds_its_limit(tmp_path):
 
 
 def test_missing_token_counts_are_taken_at_their_maximum(server, tmp_path):
-    server.counts, server.script = False, lambda problem: "So it is 1.\n<answer>1</answer>"
+    server.reports_usage, server.script = False, lambda problem: "So it is 1.\n<answer>1</answer>"
     questions = [Question("a" * 300)], [Question("五" * 100)]  # the same number of bytes
     latin, chinese = (teach(server.client(), q, tmp_path / q[0].text[0], max_tokens=500) for q in questions)
     assert latin.written == chinese.written == 500 and latin.read == chinese.read > 300
@@ -537,7 +537,7 @@ def test_unreachable_teacher_is_waited_for(server, tmp_path, fake_clock):
 
 
 def test_exhausted_quota_is_not_waited_for(server, tmp_path, fake_clock):
-    server.faults, server.says = [None] + [429] * 99, b'{"error": {"code": "insufficient_quota"}}'
+    server.faults, server.refusal_body = [None] + [429] * 99, b'{"error": {"code": "insufficient_quota"}}'
     with pytest.raises(ServerError, match="insufficient_quota"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
     assert len(server.requests) == 5

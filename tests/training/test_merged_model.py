@@ -4,7 +4,7 @@ import re
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import seeing
+from tiny_models import vision_model
 
 from rbfast.data.instruction import ANSWER
 from rbfast.training.merged_model import save_merged
@@ -32,7 +32,7 @@ def test_readme_names_the_base_and_shows_the_tags_of_the_instruction(loaded_from
 def test_vision_model_keeps_its_image_preprocessor(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "preprocessor_config.json").write_text('{"size": 28}')
-    model = seeing()
+    model = vision_model()
     model.config.name_or_path = str(tmp_path / "base")
     save_merged(model, tiny_tokenizer(), tmp_path / "merged", ANSWER)
     assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"size": 28}'

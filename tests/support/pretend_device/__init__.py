@@ -1,10 +1,10 @@
-"""A pretend accelerator: its tensors live in host memory and every op falls back to the CPU, but it is another device.
+"""A pretend accelerator: tensors in host memory and ops that fall back to the CPU, but on a separate device.
 
     from pretend_device import install
     device = install()                      # torch.device("pretend", 0); compiles pretend.cpp into build/ once, 40 s
     model.to(device)                        # from here on mixing its tensors with the CPU's raises, as on a GPU
 
-It says nothing about speed, streams or kernels: our ops run their CPU kernels. It stays until the process ends.
+It does not test speed, streams or kernels: our ops run their CPU kernels. It stays until the process ends.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ BUILD = Path(__file__).parents[3] / "build" / "pretend_device"
 
 @functools.cache
 def install() -> torch.device:
-    """Makes torch know the device "pretend"."""
+    """Registers the device "pretend" in torch."""
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(_built()))
     extension = importlib.util.module_from_spec(importlib.util.spec_from_loader(NAME, loader))
     loader.exec_module(extension)

@@ -1,6 +1,6 @@
-"""The jobs of cli_jobs on the pretend accelerator, and beside it on the CPU.
+"""The jobs of cli_jobs on the CPU and on the pretend accelerator.
 
-`python jobs.py FOLDER` prints, by device and job, how they ended.
+`python jobs.py FOLDER` prints the outcome of each job, by device.
 """
 
 import gc
@@ -25,7 +25,7 @@ OPTIONS = {"options": ("--dtype", "float32"), "adapter": ("--density", "0.2", "-
 
 
 def load_spread(*args: Any, device: str = "cpu", **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_student`. "auto" spreads the layers over two devices; accelerate itself looks for GPUs alone."""
+    """As `load_student`. "auto" spreads the layers over two devices; accelerate itself only looks for GPUs."""
     model, tokenizer = load_student(*args, **options)
     if device == "auto":
         names = [
@@ -40,9 +40,9 @@ def load_spread(*args: Any, device: str = "cpu", **options: Any) -> tuple[PreTra
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)  # a fork has none of the threads that the process had before
+    torch.set_num_threads(1)  # threads do not survive a fork
     install()
-    gc.freeze()  # jobs collect garbage: keep them from touching, and so copying, memory that forks share
+    gc.freeze()  # otherwise garbage collection in a job would copy memory that forks share
     ended = {}
     for device in ("cpu", "pretend", "auto"):
         setup = Setup(folder / device, device, **OPTIONS)
