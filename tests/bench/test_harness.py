@@ -1,4 +1,4 @@
-"""How the benchmarks measure: rounds in turn, waits, bars, and the page of what a GPU said."""
+"""How the benchmarks measure: alternating rounds, waits, bars, and the page of GPU results."""
 
 import json
 import os

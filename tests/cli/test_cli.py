@@ -507,9 +507,9 @@ def test_merge_removes_the_shards_of_an_earlier_model(
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
         (tmp_path / name).write_text("old")
     assert call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path))[0] == 0
-    found = {path.name for path in tmp_path.iterdir()}
-    assert {"model.safetensors", "notes.txt"} <= found
-    assert not {name for name in found if "00001" in name or "index" in name or name.startswith(".")}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "notes.txt"} <= names
+    assert not {name for name in names if "00001" in name or "index" in name or name.startswith(".")}
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])

@@ -47,12 +47,12 @@ WORDS = ["triangle", "orchard", "ledger", "violin", "harbour", "comet", "lantern
 def openr1(n: int) -> dict:
     product = (n + 2) * (n + 5)
     steps = f"The {WORDS[n]} has {n + 2} rows.\n\nSo {n + 2} * {n + 5} = {product}. Wait, let me check. Yes."
-    said = f"<think>\n{steps}\n</think>\n\nThe product is $\\boxed{{{product}}}$."
+    reply = f"<think>\n{steps}\n</think>\n\nThe product is $\\boxed{{{product}}}$."
     return {
         "problem": f"The {WORDS[n]} of {WORDS[-1 - n]} {n} holds {n + 2} rows of {n + 5} seats; how many is that?",
         "answer": str(product),
         "problem_type": "Algebra",
-        "generations": [said, said.replace("So", "Thus"), "<think>\nHm"],
+        "generations": [reply, reply.replace("So", "Thus"), "<think>\nHm"],
         "correctness_math_verify": [True, False, False],
         "is_reasoning_complete": [True, True, False],
     }

@@ -130,7 +130,7 @@ def test_failed_sample_keeps_the_others(start):
     assert caught.value.status == 401 and caught.value.partial[0].answer == "4</answer>"
 
 
-def test_samples_from_chat_vote(start):
+def test_samples_may_come_from_chat(start):
     state, server = start(answer_script(4))
     state.completions = False
     solutions = samples_of(server, plain(budget=500), "2+2?", samples=3)
@@ -146,7 +146,7 @@ def test_problems_are_solved_in_order_from_their_own_seeds(start):
     assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
     assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
     received = []
-    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *said: received.append(said[0]))
+    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *event: received.append(event[0]))
     assert received == sorted(received) and set(received) == {0, 1}
 
 

@@ -69,8 +69,8 @@ def test_llama_cpp_matches_the_merged_model(files):
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # fp16 would flip near ties
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
         server = xllamacpp.Server(params)
-        asked = dict(max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, cache_prompt=False)
-        replies = [server.handle_completions({"prompt": prompt, **asked})["choices"][0] for prompt in PROMPTS]
+        options = dict(max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, cache_prompt=False)
+        replies = [server.handle_completions({"prompt": prompt, **options})["choices"][0] for prompt in PROMPTS]
         return [[token["id"] for token in reply["logprobs"]["content"]] for reply in replies]
 
     assert run([]) == base

@@ -326,7 +326,7 @@ def test_broken_signal_tensors(store):
 def test_broken_evaluation_results(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     problems = [Problem("task", f"{n}?", str(n), {}) for n in range(3)]
-    write = lambda self, model, tokenizer, asked, size: [[(Completion(p.answer, 2, False), ())] for p in asked]  # noqa: E731
+    write = lambda self, model, tokenizer, some, size: [[(Completion(p.answer, 2, False), ())] for p in some]  # noqa: E731
     monkeypatch.setattr(Decoding, "write", write)
     evaluate(None, None, problems, keep=path)
 

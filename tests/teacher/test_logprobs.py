@@ -281,7 +281,7 @@ def test_refusal_of_every_trace_stops_the_scoring(tmp_path, status):
         assert len(server.requests) < 9 and len(store) == 0
 
 
-def test_refused_traces_of_an_earlier_call_do_not_stop_the_scoring(tmp_path):
+def test_refusals_do_not_stop_a_resumed_scoring(tmp_path):
     traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(10)]
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         add_server_logprobs(server.client(), traces[:1], TOKENIZER, store)

@@ -126,7 +126,7 @@ def test_failed_start_leaves_the_folder_to_other_settings(tmp_path, monkeypatch)
 
 
 def test_retrained_student_keeps_its_instruction(tmp_path, monkeypatch):
-    def asked(folder):
+    def instruction(folder):
         return json.loads((tmp_path / folder / "prompt.json").read_text())["instruction"]
 
     run(tmp_path / "first", monkeypatch, instruction="Reply shortly.")
@@ -135,7 +135,7 @@ def test_retrained_student_keeps_its_instruction(tmp_path, monkeypatch):
     model.config._name_or_path = str(tmp_path / "first")  # like a merged model, which has a prompt.json too
     run(tmp_path / "merged", monkeypatch, model=model)
     run(tmp_path / "other", monkeypatch, adapter=tmp_path / "first", instruction="none")
-    assert [asked(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
+    assert [instruction(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
 
 
 @pytest.mark.parametrize("placement", ["random", "gradient"])

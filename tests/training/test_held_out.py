@@ -97,9 +97,9 @@ def test_measured_loss_is_the_adapters_at_that_step(tmp_path, monkeypatch, setti
     SparseAdapter.from_pretrained(model, tmp_path)
     first, *_, last = measured(log_of(tmp_path))
     assert set(first) == {"step", "epoch", "eval_loss", *(f"eval_loss_{role}" for role in ROLES)}  # and no timings
-    for found, expected in ((first, before), (last, trace_loss(model, examples))):
+    for entry, expected in ((first, before), (last, trace_loss(model, examples))):
         for role in ROLES:
-            assert found[f"eval_loss_{role}"] == pytest.approx(expected[role], rel=1e-5)
+            assert entry[f"eval_loss_{role}"] == pytest.approx(expected[role], rel=1e-5)
     assert last["eval_loss"] < first["eval_loss"]
 
 

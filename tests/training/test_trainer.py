@@ -140,9 +140,9 @@ def test_evaluation_does_not_depend_on_batches_or_step(tmp_path: Path, batch: in
     expected = plain_loss(model, held_out, trainer.objective.weights(1.0)).item()
     for step in (0, 1):
         trainer.state.global_step, trainer.state.max_steps = step, 2
-        found = trainer.evaluate()
-        assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
-    by_role = torch.tensor([found[f"eval_loss_{role}"] for role in ROLES])
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    by_role = torch.tensor([metrics[f"eval_loss_{role}"] for role in ROLES])
     assert (trainer.objective.weights(1.0) * by_role).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -177,8 +177,8 @@ def test_checkpoint_limit_is_kept(tmp_path: Path, limit: int, best: int | None, 
         if step == best:
             trainer.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
         trainer._drop_old_checkpoints(tmp_path)
-    found = sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
-    assert found == (kept or list(range(1, 10)))
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert steps == (kept or list(range(1, 10)))
 
 
 class Gradients(TrainerCallback):
@@ -193,7 +193,7 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.slow
 def test_fp16_gradients_do_not_underflow_in_a_large_batch(tmp_path: Path) -> None:
-    examples, found = some_examples(2000), []
+    examples, by_dtype = some_examples(2000), []
     for dtype in (torch.float32, torch.float16):
         model = tiny_model().half().to(dtype)  # the same values
         adapter = SparseAdapter.attach(model, density=0.05, placement="random")
@@ -203,10 +203,10 @@ def test_fp16_gradients_do_not_underflow_in_a_large_batch(tmp_path: Path) -> Non
         trainer = DistillTrainer(model, adapter, settings, examples)
         trainer.add_callback(gradients := Gradients(adapter))
         trainer.train()
-        found.append(gradients.found)
+        by_dtype.append(gradients.found)
         loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         assert 3 < loss < 6  # in nats, without the loss scale
-    assert (found[1] - found[0]).norm() <= 0.01 * found[0].norm()
+    assert (by_dtype[1] - by_dtype[0]).norm() <= 0.01 * by_dtype[0].norm()
     assert not any(parameter._backward_hooks for parameter in adapter.parameters())
 
 
