@@ -63,7 +63,7 @@ def test_command_writes_trains_and_reports(setup, tmp_path, capsys):
 
 
 def test_plan_is_printed_and_nothing_written(setup, tmp_path, capsys):
-    assert distill(setup, tmp_path / "run", *of_rounds(setup, "--plan", "--samples", "2")) == 0
+    assert distill(setup, tmp_path / "run", *round_options(setup, "--plan", "--samples", "2")) == 0
     assert "of key-value cache" in capsys.readouterr().out
     assert not (tmp_path / "run").exists() and not Path("samples").exists()
 

@@ -137,7 +137,7 @@ def test_token_without_candidates_is_not_trained_on(tmp_path, server, monkeypatc
     monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
     server.complete = without_the_last
     ran = run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
-    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    records = [json.loads(line) for text in read_samples(tmp_path).values() for line in text.splitlines()]
     assert sum(trained) == sum(len(record["ids"]) - 1 for record in records) and min(losses(ran)) > 0
 
 
@@ -184,7 +184,7 @@ def test_a_server_may_show_a_whole_character_for_the_token_that_ends_it(tmp_path
     text = server.text
     server.text = lambda number: text(number).replace("\ufffd", "é")
     run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
-    records = [json.loads(line) for lines in written(tmp_path).values() for line in lines.splitlines()]
+    records = [json.loads(line) for lines in read_samples(tmp_path).values() for line in lines.splitlines()]
     drawn = [token for record in records for token in record["ids"]]
     assert any("\ufffd" in text(token) for token in drawn)
 
