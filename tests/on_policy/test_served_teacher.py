@@ -106,7 +106,7 @@ def test_server_failure_keeps_samples_and_scores(tmp_path, server):
 
 
 def test_server_that_scores_nothing_ends_the_run(tmp_path, server):
-    server.faults, server.says = [None] + [400] * 4, b'{"error": "too long"}'
+    server.faults, server.refusal_body = [None] + [400] * 4, b'{"error": "too long"}'
     with pytest.raises(ServerError, match=r"scored none of the completions of a round: .*too long"):
         run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
     server.faults = []
@@ -114,7 +114,7 @@ def test_server_that_scores_nothing_ends_the_run(tmp_path, server):
 
 
 def test_failed_check_does_not_tie_the_folder_to_its_settings(tmp_path, server):
-    server.faults, server.says = [400], b'{"error": "too many logprobs"}'
+    server.faults, server.refusal_body = [400], b'{"error": "too many logprobs"}'
     with pytest.raises(ServerError, match="too many logprobs"):
         run(tmp_path, teacher=ServedTeacher(server.client(), k=30))
     run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
