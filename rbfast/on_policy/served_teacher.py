@@ -53,8 +53,8 @@ class ServedTeacher:
             ServerError: it cannot.
             TokenizersDiffer: its tokens differ from the student's.
         """
-        scored = example_of(prompt[:1], prompt[1:], [ANSWER] * (len(prompt) - 1))
-        check_scores(self.server, scored, tokenizer, self.k)
+        scored = [*prompt[1:], prompt[-1]]  # one token more than a prompt, which may have a single one
+        check_scores(self.server, example_of(prompt[:1], scored, [ANSWER] * len(scored)), tokenizer, self.k)
 
     def correct(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress

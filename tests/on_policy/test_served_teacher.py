@@ -120,6 +120,11 @@ def test_failed_check_does_not_tie_the_folder_to_its_settings(tmp_path, server):
     run(tmp_path, teacher=ServedTeacher(server.client(), k=4))
 
 
+def test_prompt_of_one_token_is_enough_for_the_check(server):
+    ServedTeacher(server.client(), k=4).check([5], TOKENIZER)
+    assert server.requests[-1]["prompt"] == [5, 5]
+
+
 @pytest.mark.parametrize("is_listed", [False, True])
 def test_token_without_candidates_is_not_trained_on(tmp_path, server, monkeypatch, is_listed):
     compute, complete, trained = DistillTrainer.compute_loss, server.complete, []
