@@ -105,7 +105,11 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
     ("line", "error", "message"),
     [
         ('{"problem": ', TraceError, "absent.jsonl: expected a file"),
-        ('{"problem": "?", "reasoning": "It is 7.", "answer": "7", "difficulty": 3}', ValueError, "quality must return"),
+        (
+            '{"problem": "?", "reasoning": "It is 7.", "answer": "7", "difficulty": 3}',
+            ValueError,
+            "quality must return",
+        ),
     ],
 )
 def test_ray_raises_the_errors_of_one_process(
