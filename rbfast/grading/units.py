@@ -41,6 +41,7 @@ electronvolts: electronvolt =1
 heat: calorie =1; kilocalorie kcal =1000
 power: watt =1; kilowatt =1000; megawatt =1000000
 voltage: volt =1
+resistance: ohm =1; kilohm kiloohm =1000; megohm megaohm =1000000
 current: ampere amp =1
 pressure: pascal =1
 frequency: hertz =1
@@ -68,7 +69,7 @@ for _line in _TABLE.strip().splitlines():
 _PREFIXES = {prefix: Fraction(10) ** power for prefix, power in zip("kMGmn", (3, 6, 9, -3, -9), strict=True)}
 _PREFIXES[""] = Fraction(1)
 _BASES = {"N": "newton", "J": "joule", "eV": "electronvolt", "W": "watt", "V": "volt", "A": "amp", "K": "kelvin"}
-_BASES |= {"Pa": "pascal", "Hz": "hertz", "mol": "mole", "cal": "calorie"}
+_BASES |= {"Pa": "pascal", "Hz": "hertz", "mol": "mole", "cal": "calorie", "ohm": "ohm"}
 _SYMBOLS = {
     prefix + base: Unit(_UNITS[name].dimension, _UNITS[name].size * size)
     for base, name in _BASES.items()
@@ -108,6 +109,7 @@ _WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:(?:\s*/\s*|[^\S\n]+){_WORD})*)\.?$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _LETTER_LAST = re.compile(rf"(?<=\d)\s*([{''.join(symbol for symbol in _SYMBOLS if len(symbol) == 1)}])$")
+_OHM = re.compile(r"(?<=\d)(?:\\[,;:! ]|\s){0,4}(?:\\text\{ ?)?([kMGm]?) ?\}? ?\\Omega ?\}?$")
 _DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
 
 
@@ -116,6 +118,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     sign, currency, rest = _currency(text)
     if currency:
         return sign + _scaled(rest), _UNITS.get(currency)
+    text = _OHM.sub(r"\\text{ \1ohm}", text)
     if match := _DEGREES.search(text):
         name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]
         return text[: match.start()].strip(), _UNITS[name]
