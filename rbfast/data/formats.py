@@ -98,8 +98,8 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with {', '.join(_NATIVE)}, got {show(row)}")
-    check_shows_nothing(row)
     if options.format in (None, "native") and (native := _native_row(row, options.fields)) is not None:
+        check_shows_nothing(native)
         return Interpretation("native traces", [_as_native(native)])
     if options.format == "native":
         missing = next((name for name in _NATIVE if name not in row and name not in options.fields), None)
@@ -297,7 +297,6 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
-    check_shows_nothing(row)
     trace = _native_row(row, options.fields)
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
     check_shows_nothing(fields.values)

@@ -32,7 +32,14 @@ from rbfast.inference.cache import cache_bytes
 from rbfast.on_policy.samples import Writer, Writing, example_of_sample, longest_example, write_samples
 from rbfast.on_policy.served_teacher import ServedTeacher
 from rbfast.teacher.jobs import Question
-from rbfast.training.distill import Run, TrainingData, plan_examples, train_examples, with_instruction
+from rbfast.training.distill import (
+    Run,
+    TrainingData,
+    plan_examples,
+    shared_system_prompt,
+    train_examples,
+    with_instruction,
+)
 from rbfast.training.distill_config import DistillConfig
 from rbfast.training.examples import instruction_of
 from rbfast.training.objective import Objective
@@ -86,8 +93,10 @@ def distill_on_policy(
     examples, data, config = _prepare(
         model, tokenizer, questions, out / SAMPLES, config, teacher, rounds, writing, adapter
     )
-    if isinstance(teacher, ServedTeacher) and not (out / SAMPLES).exists():
-        teacher.check(examples.writer.prompt_ids(questions[0]), tokenizer)  # before the folder is tied to the settings
+    if examples.teacher is not None and not (out / SAMPLES).exists():
+        examples.teacher.check(
+            examples.writer.prompt_ids(questions[0]), tokenizer
+        )  # before the folder is tied to the settings
     run = train_examples(
         model,
         tokenizer,
@@ -150,7 +159,7 @@ def _prepare(
         [],
         [],
         _settings(writer, questions, rounds, config.epochs, writing, served),
-        _shared_system(writer, questions),
+        shared_system_prompt(map(writer.system, questions)),
         is_on_policy=True,
         cache=cache_bytes(model, min(writing.batch_size, len(examples)), len(examples[0].input_ids)),  # of the longest
     )
@@ -174,12 +183,6 @@ def _settings(
         on_policy["top_k"] = served.k
         settings["teacher"] = served.server.model
     return settings
-
-
-def _shared_system(writer: Writer, questions: Sequence[Question]) -> str:
-    """The system prompt of all questions; empty if they differ."""
-    systems = set(map(writer.system, questions))
-    return systems.pop() if len(systems) == 1 else ""
 
 
 def check_config(config: DistillConfig) -> None:

@@ -16,7 +16,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -135,7 +135,9 @@ def distill(
     if signals is not None:
         otherwise = "their text alone" if teacher is None else "the running teacher"
         settings |= {"signals": _add_signals(examples, eval_examples, signals, otherwise)}
-    data = TrainingData(examples, eval_examples, skipped, settings, _shared_system_prompt(traces))
+    data = TrainingData(
+        examples, eval_examples, skipped, settings, shared_system_prompt(trace.system for trace in traces)
+    )
     return train_examples(
         model,
         tokenizer,
@@ -309,10 +311,10 @@ def with_instruction(config: DistillConfig, adapter: str | Path | None, model: P
     return config if saved is None else replace(config, instruction=saved.text or "none")
 
 
-def _shared_system_prompt(traces: Sequence[Trace]) -> str:
-    """The system prompt that all traces share, which inference needs too; empty if they differ."""
-    systems = {trace.system or "" for trace in traces}
-    return systems.pop() if len(systems) == 1 else ""
+def shared_system_prompt(systems: Iterable[str | None]) -> str:
+    """The system prompt of a whole run, which inference needs too; empty if the prompts of its examples differ."""
+    distinct = {system or "" for system in systems}
+    return distinct.pop() if len(distinct) == 1 else ""
 
 
 def _batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequence[Example]]:
