@@ -166,8 +166,8 @@ def _values_at(row: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping, also one given as a short JSON text; empty for anything else."""
-    if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
+    """A mapping, also one given as JSON text; empty for anything else."""
+    if isinstance(value, str) and value[:1] == "{":
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

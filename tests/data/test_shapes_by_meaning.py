@@ -146,6 +146,12 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def test_a_long_reply_may_be_json_too():
+    thought = f"{THOUGHT} " + "So 42. " * 2000
+    reply = json.dumps({"reasoning": thought, "answer": "42"})
+    assert interpret({"prompt": QUESTION, "response": reply}).rows[0]["reasoning"] == thought.strip()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_unknown_format_is_read(name: str) -> None:
     row, changes = SHAPES[name]
