@@ -181,7 +181,10 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         "--align", action="store_true", help="accept a teacher with another tokenizer: score shared tokens"
     )
     scoring.add_argument(
-        "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
+        "--dialect",
+        choices=["vllm", "sglang", "echo"],
+        default="vllm",
+        help="how the server scores prompts: by its own API, or by OpenAI's echo (default: vllm)",
     )
     scoring.add_argument("--dtype", choices=DTYPES, help="dtype of a local teacher")
     sub.add_argument("--max-tokens", type=int, default=4096, help="most tokens per solution or trace (default: 4096)")

@@ -153,9 +153,10 @@ def _add_on_policy(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--server",
         metavar="URL",
-        help="URL of the server that runs --teacher, through /v1; it must score prompts as vLLM does; key: "
-        "RBFAST_API_KEY (default: run it beside the student)",
+        help="URL of the server that runs --teacher, through /v1; key: RBFAST_API_KEY (default: run it beside the "
+        "student)",
     )
+    group.add_argument("--dialect", choices=["vllm", "sglang"], help="kind of server (default: vllm)")
     group.add_argument("-k", type=positive, help="candidates per token from the server (default: 20)")
     group.add_argument("--concurrency", type=positive, help="requests to the server at a time (default: 8)")
 
@@ -166,7 +167,7 @@ def run_distill(args: argparse.Namespace) -> int:
     config = _distill_config(args)
     if args.rounds:
         return _run_rounds(args, config)
-    if only := _given(args, "samples", "max_new_tokens", "sample_batch_size", "server", "k", "concurrency"):
+    if only := _given(args, "samples", "max_new_tokens", "sample_batch_size", "server", "dialect", "k", "concurrency"):
         raise ValueError(f"{only[0]} needs --rounds, in which the student writes: add that, or leave {only[0]} out")
     traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
@@ -223,10 +224,10 @@ def _served_teacher(args: argparse.Namespace) -> "ServedTeacher | None":
     from rbfast.teacher.client import Server
 
     if not args.server:
-        if only := _given(args, "k", "concurrency"):
+        if only := _given(args, "dialect", "k", "concurrency"):
             raise ValueError(f"{only[0]} needs --server: without one, the teacher runs beside the student")
         return None
-    options = {"k": args.k, "concurrency": args.concurrency}
+    options = {"dialect": args.dialect, "k": args.k, "concurrency": args.concurrency}
     return ServedTeacher(
         Server(args.server, args.teacher), **{name: value for name, value in options.items() if value is not None}
     )

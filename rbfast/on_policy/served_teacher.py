@@ -1,7 +1,7 @@
 """A teacher behind a server, for a model too large to run beside the student. It scores what the student wrote.
 
 ```python
-server = Server("http://localhost:8000/v1", "their-model")       # vLLM, or another with its `prompt_logprobs`
+server = Server("http://localhost:8000/v1", "their-model")       # vLLM or SGLang
 distill_on_policy(model, tokenizer, questions, "runs/own", teacher=ServedTeacher(server))
 ```
 """
@@ -21,27 +21,32 @@ from rbfast.data.signal_store import SignalStore, example_key
 from rbfast.data.spans import ANSWER
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import Progress
+from rbfast.teacher.prompt_scores import BY_IDS, Dialect
 from rbfast.teacher.server_logprobs import add_example_logprobs, check_scores
 from rbfast.utils.processes import process_count, process_index
 
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A model with the student's tokens on a server that scores prompts as vLLM does.
+    """A model with the student's tokens on a server that scores prompts given by token ids.
 
     Args:
         k: candidates per token. The written token is always one more. vLLM gives as many as its --max-logprobs (20).
         concurrency: requests at a time, of each process.
+        dialect: "vllm" or "sglang", see `rbfast.teacher.prompt_scores`.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or another dialect.
     """
 
     server: Server
     k: int = 20
     concurrency: int = 8
+    dialect: Dialect = "vllm"
 
     def __post_init__(self) -> None:
+        if self.dialect not in BY_IDS:
+            raise ValueError(f"dialect must be {' or '.join(BY_IDS)} for on-policy rounds, got {self.dialect!r}")
         for name in ("k", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -54,7 +59,8 @@ class ServedTeacher:
             TokenizersDiffer: its tokens differ from the student's.
         """
         scored = [*prompt[1:], prompt[-1]]  # one token more than a prompt, which may have a single one
-        check_scores(self.server, example_of(prompt[:1], scored, [ANSWER] * len(scored)), tokenizer, self.k)
+        example = example_of(prompt[:1], scored, [ANSWER] * len(scored))
+        check_scores(self.server, example, tokenizer, self.k, self.dialect)
 
     def correct(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
@@ -88,7 +94,13 @@ class ServedTeacher:
     ) -> list[str]:
         with self._store(tokenizer, folder) as store:
             refused = add_example_logprobs(
-                self.server, examples, tokenizer, store, concurrency=self.concurrency, progress=progress
+                self.server,
+                examples,
+                tokenizer,
+                store,
+                dialect=self.dialect,
+                concurrency=self.concurrency,
+                progress=progress,
             )
         return [reason for _, reason in refused]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,11 @@ from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces, try_to_add
-from rbfast.utils.records import show
+from rbfast.teacher.prompt_scores import BY_IDS, DIALECTS, Dialect, PromptScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Dialect = Literal["vllm", "echo"]
-DIALECTS = ("vllm", "echo")
 _Row = tuple[int, list[int], list[float]]  # row of the example, ids, log-probs
 _Result = tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError
 _REFUSED = (400, 413, 422)  # a refusal with these statuses concerns only this trace
@@ -54,10 +52,9 @@ def add_server_logprobs(
     """Add the top k of every trace that `store` lacks. The server scores the traces as prompts.
 
     Args:
-        dialect: "vllm" requests `prompt_logprobs`; "echo" requests the prompt back with `logprobs`, as in OpenAI's
-            completions.
+        dialect: how the server scores prompts, see `prompt_scores`.
         align: the server's tokenizer may differ from the student's. The server then gets plain text, without the
-            student's chat template; otherwise the student's token ids (vllm) or its prompt (echo).
+            student's chat template; otherwise the student's token ids, or in dialect "echo" its prompt.
 
     Returns:
         The traces that got no log-probs, with the reason.
@@ -67,8 +64,6 @@ def add_server_logprobs(
         ServerError: no answer after all retries, an answer without log-probs, or a refusal while neither this call
             nor an earlier one has scored a trace.
     """
-    if dialect not in DIALECTS:
-        raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
     reader = _Reader(server, tokenizer, store.k, store.k, dialect, align)
     tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     jobs = [_Job(task.example, partial(reader.read, task)) for task in tasks]
@@ -84,10 +79,11 @@ def add_example_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     store: SignalStore,
     *,
+    dialect: Dialect = "vllm",
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> list[tuple[Example, str]]:
-    """Add log-probs of the labels of examples that `store` lacks, by token ids (vLLM's `prompt_logprobs`): the top
+    """Add log-probs of the labels of examples that `store` lacks, by token ids (dialect "vllm" or "sglang"): the top
     `store.k - 1`, and the label itself if it is not among them.
 
     Returns:
@@ -97,16 +93,18 @@ def add_example_logprobs(
         TokenizersDiffer: the server's tokens differ from the student's.
         ServerError: no answer after all retries, or one without log-probs.
     """
-    reader = _ExampleReader(server, tokenizer, store.k - 1, store.k)
+    reader = _ExampleReader(server, tokenizer, store.k - 1, dialect)
     missing = list({example_key(example): example for example in examples if example not in store}.values())
     jobs = [_Job(example, partial(reader.read_ids, example, "a completion")) for example in missing]
     refused = _score_all(jobs, store, concurrency, progress, is_checked=True)
     return [(missing[number], str(reason)) for number, reason in refused]
 
 
-def check_scores(server: Server, example: Example, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
+def check_scores(
+    server: Server, example: Example, tokenizer: PreTrainedTokenizerBase, k: int, dialect: Dialect = "vllm"
+) -> None:
     """Score an example, to find out whether `add_example_logprobs` can use the server. Raises as that does."""
-    result = _ExampleReader(server, tokenizer, k, k + 1).read_ids(example, "a prompt")
+    result = _ExampleReader(server, tokenizer, k, dialect).read_ids(example, "a prompt")
     if not isinstance(result, tuple):
         raise result if isinstance(result, ServerError) else ServerError(f"{server.url}: {result}")
 
@@ -175,24 +173,23 @@ def _add_result(store: SignalStore, example: Example, result: _Result) -> str | 
 class _Reader:
     """Requests the log-probs of one trace, and maps them to the student's tokens.
 
-    Asks for `k` candidates per token, and keeps the best `width`: vLLM lists the actual token as one more.
+    Asks for `k` candidates per token, and keeps the best `width`: servers may list the actual token as one more.
     """
 
     other_tokens = "use align=True (--align) to score only the tokens that both split alike"
-    other_server = f"dialects: {', '.join(DIALECTS)}"
 
     def __init__(
         self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, width: int, dialect: Dialect, align: bool
     ) -> None:
-        self.server, self.tokenizer, self.k, self.width = server, tokenizer, k, width
-        self.dialect, self.align = dialect, align
+        self.scorer = PromptScorer(server, k, dialect)
+        self.tokenizer, self.width, self.align = tokenizer, width, align
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
     def read(self, task: PendingTrace) -> _Result:
         """(rows, ids, logprobs) for `SignalStore.add`, or why there are none: a text, or a ServerError if the server
         refuses the trace (it may be too long)."""
-        if self.dialect == "vllm" and not self.align:
+        if self.scorer.dialect in BY_IDS and not self.align:
             return self.read_ids(task.example, task.trace.name)
         return self._table(partial(self._by_text, task))
 
@@ -214,24 +211,21 @@ class _Reader:
             return str(error)
         except (LookupError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.server.url} does not send log-probs in the format of --dialect {self.dialect} "
+                f"{self.scorer.server.url} does not send log-probs in the format of --dialect {self.scorer.dialect} "
                 f"({type(error).__name__}: {error}); dialects: {', '.join(DIALECTS)}"
             ) from error
 
     def _by_ids(self, example: Example, name: str) -> list[_Row]:
-        """Score by the student's token ids. The reply has the text of each, which shows whether the ids agree."""
+        """Score by the student's token ids. The texts that the server shows for them tell whether both agree."""
         ids = example.input_ids.tolist()
-        choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
-        tops = choice["prompt_logprobs"]
-        if len(tops) != len(ids):
-            raise TokenizersDiffer(f"{name}: sent {len(ids)} tokens, got log-probs of {len(tops)}")
+        scored = self.scorer.by_ids(ids)
+        if len(scored) != len(ids):
+            raise TokenizersDiffer(f"{name}: sent {len(ids)} tokens, got log-probs of {len(scored)}")
         rows = []
         for row in np.flatnonzero(example.labels != IGNORE).tolist():
-            number, top = ids[row + 1], tops[row + 1]
-            self._check_same(name, number, (top.get(str(number)) or {}).get("decoded_token"))
-            if not all(n.isdecimal() for n in top):
-                raise TypeError(f"expected token ids, got {show(next(n for n in top if not n.isdecimal()))}")
-            logprobs = {int(n): entry["logprob"] for n, entry in top.items() if int(n) < len(self.tokens)}
+            number, candidates = ids[row + 1], scored[row + 1]
+            self._check_same(name, number, next((one.text for one in candidates if one.id == number), None))
+            logprobs = {one.id: one.logprob for one in candidates if one.id < len(self.tokens)}
             if any(value > -math.inf for value in logprobs.values()):
                 rows.append((row, [*logprobs], [*logprobs.values()]))
         return rows
@@ -278,58 +272,19 @@ class _Reader:
     def _pieces(self, text: str) -> list[Piece]:
         """The server's tokens of `text`. The first has no candidates, and the reply often lacks its text, which is the
         part of `text` before the other tokens."""
-        if self.dialect == "vllm":
-            choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
-            pieces = list(_vllm_pieces(choice))
-        else:
-            choice = self._ask({"prompt": text, "echo": True, "logprobs": self.k})
-            pieces = list(_echo_pieces(choice["logprobs"]))[: choice["prompt_tokens"]]
+        pieces = self.scorer.by_text(text)
         rest = sum(len(piece.written) for piece in pieces[1:])
         data = text.encode()
         return [Piece(data[: max(0, len(data) - rest)], []), *pieces[1:]]
-
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        wanted = "prompt_logprobs" if self.dialect == "vllm" else "logprobs"
-        reply = self.server.ask("/completions", {"max_tokens": 1} | body)
-        choice = (reply.get("choices") or [{}])[0]
-        # vLLM puts them into the choice, or beside the choices.
-        logprobs = choice.get(wanted) or reply.get(wanted)
-        if not logprobs:
-            raise ServerError(
-                f"{self.server.url} sends no {wanted}: it does not score prompts this way; {self.other_server}"
-            )
-        # `max_tokens` is 1, because some servers refuse 0.
-        counted = (reply.get("usage") or {}).get("prompt_tokens", -1)
-        return choice | {wanted: logprobs, "prompt_tokens": counted}
 
 
 class _ExampleReader(_Reader):
     """Requests the log-probs of examples by their token ids, without the text of a trace."""
 
     other_tokens = "use a teacher with the student's tokens"
-    other_server = "use one that scores prompts as vLLM does"
 
-    def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, width: int) -> None:
-        super().__init__(server, tokenizer, k, width, "vllm", align=False)
-
-
-def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:
-    numbers = choice.get("prompt_token_ids") or [None] * len(choice["prompt_logprobs"])
-    for number, top in zip(numbers, choice["prompt_logprobs"], strict=True):
-        # The first token has no candidates. In the others, the actual token is listed first.
-        if top is None:
-            yield Piece(b"", [])
-            continue
-        written = top[str(number)] if number is not None else next(iter(top.values()))
-        yield Piece(
-            str(written["decoded_token"]).encode(),
-            [(str(entry["decoded_token"]).encode(), entry["logprob"]) for entry in top.values()],
-        )
-
-
-def _echo_pieces(logprobs: dict[str, Any]) -> Iterator[Piece]:
-    for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
-        yield Piece(token.encode(), [(other.encode(), value) for other, value in (top or {}).items()])
+    def __init__(self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, dialect: Dialect) -> None:
+        super().__init__(server, tokenizer, k, k + 1, dialect, align=False)
 
 
 def _top_k_table(scored: Sequence[_Row], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -68,17 +68,19 @@ def test_plan_is_printed_and_nothing_written(setup, tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not Path("samples").exists()
 
 
-def test_teacher_may_be_on_a_server(setup, tmp_path, capsys):
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_teacher_may_be_on_a_server(setup, tmp_path, capsys, dialect):
     student, teacher = (f"{setup.folder}/models/{name}" for name in ("student", "teacher"))
     with serving(
         AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(student)
     ) as server:
-        options = ("--server", f"http://127.0.0.1:{server.port}/v1", "-k", "7", "--concurrency", "2")
+        options = ("--server", f"http://127.0.0.1:{server.port}/v1", "--dialect", dialect, "-k", "7")
         assert distill(setup, tmp_path / "run", *round_options(setup, *options)) == 0
     assert "round 2 of 2" in capsys.readouterr().err
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert settings["on_policy"]["top_k"] == 7 and settings["teacher"] == teacher
-    assert {request["prompt_logprobs"] for request in server.requests} == {7}
+    wanted = {"vllm": "prompt_logprobs", "sglang": "top_logprobs_num"}[dialect]
+    assert {request[wanted] for request in server.requests} == {7}
     assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
 
 
@@ -107,6 +109,7 @@ def test_beta_selects_another_divergence(setup, tmp_path):
         (("-k", "9"), "-k needs --rounds"),
         (("--rounds", "2", "--teacher", "x", "-k", "9"), "-k needs --server"),
         (("--rounds", "2", "--teacher", "x", "--concurrency", "9"), "--concurrency needs --server"),
+        (("--rounds", "2", "--teacher", "x", "--dialect", "sglang"), "--dialect needs --server"),
         (("--rounds", "2", "--teacher", "x", "--server", "localhost"), "url must look like http://host:8000/v1"),
         (("--rounds", "2", "--server", "http://localhost/v1"), "--rounds needs --teacher"),
         (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),

@@ -17,8 +17,9 @@ from rbfast.on_policy import rounds as module
 from rbfast.on_policy import served_teacher
 from rbfast.on_policy.samples import Writing
 from rbfast.on_policy.served_teacher import ServedTeacher
-from rbfast.teacher.client import ServerError
+from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer
+from rbfast.teacher.prompt_scores import BY_IDS
 from rbfast.training.trainer import DistillTrainer
 
 
@@ -43,7 +44,8 @@ def test_server_with_all_candidates_matches_a_local_teacher(tmp_path, server):
     assert settings["teacher"] == "tiny" and settings["on_policy"]["top_k"] == len(TOKENIZER) - 1
 
 
-def test_every_written_token_is_among_its_candidates(tmp_path, server, monkeypatch):
+@pytest.mark.parametrize("dialect", BY_IDS)
+def test_every_written_token_is_among_its_candidates(tmp_path, server, monkeypatch, dialect):
     compute, seen = DistillTrainer.compute_loss, []
 
     def watch(self, model, inputs, *args, **kwargs):
@@ -51,7 +53,7 @@ def test_every_written_token_is_among_its_candidates(tmp_path, server, monkeypat
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
-    run(tmp_path, teacher=ServedTeacher(server.client(), k=2))
+    run(tmp_path, teacher=ServedTeacher(server.client(), k=2, dialect=dialect))
     model = teacher()
     for batch in seen:
         rows = (batch["labels"][0] != IGNORE).nonzero().squeeze(1)
@@ -236,3 +238,8 @@ def test_student_may_sample_a_head_row_without_a_token(tmp_path, server):
         for token in json.loads(line)["ids"]
     ]
     assert max(drawn) >= len(TOKENIZER) and np.isfinite(losses(ran)).all()
+
+
+def test_dialect_without_token_ids_is_refused():
+    with pytest.raises(ValueError, match="dialect must be vllm or sglang for on-policy rounds, got 'echo'"):
+        ServedTeacher(Server("http://localhost/v1", "m"), dialect="echo")

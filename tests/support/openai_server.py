@@ -1,9 +1,11 @@
 """A small OpenAI-compatible loopback server around a model, which misbehaves on request.
 
-It writes the text of `script(problem)` with the model's own log-probs, and scores prompts like vLLM or by echo.
+It writes the text of `script(problem)` with the model's own log-probs, and scores prompts like vLLM, like SGLang or by
+echo.
 """
 
 import json
+import math
 import socket
 import threading
 from contextlib import contextmanager
@@ -77,6 +79,21 @@ class OpenAI:
         numbers = [actual, *(n for n in row.topk(k).indices.tolist() if n != actual)]
         return {str(n): {"logprob": float(row[n]), "decoded_token": self.text(n)} for n in numbers}
 
+    def generate(self, body):
+        """SGLang's own API. It sends null for a log-prob of -inf."""
+        ids = body.get("input_ids") or self.tokenizer(body["text"], add_special_tokens=False).input_ids
+        table, shows = self.logprobs(ids), body["return_text_in_logprobs"]
+
+        def entry(row, number):
+            value = float(row[number])
+            return [value if value > -math.inf else None, number, self.text(number) if shows else None]
+
+        own, tops = [[None, ids[0], self.text(ids[0]) if shows else None]], [None]
+        for row, number in zip(table, ids[1:], strict=False):
+            own.append(entry(row, number))
+            tops.append([entry(row, other) for other in row.topk(body["top_logprobs_num"]).indices.tolist()])
+        return {"text": "", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": tops}}
+
     def chat(self, body):
         problem = body["messages"][-1]["content"]
         reply = self.script(problem)
@@ -132,7 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "kill":
             return self.connection.shutdown(socket.SHUT_RDWR)
         threading.Event().wait(state.pause)
-        found = state.chat(body) if self.path.endswith("/chat/completions") else state.complete(body)
+        answers = {"/v1/chat/completions": state.chat, "/v1/completions": state.complete, "/generate": state.generate}
+        found = answers[self.path](body)
         data = json.dumps(found).encode()
         self._send(200, data, cut=fault == "cut")
 

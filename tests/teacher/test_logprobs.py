@@ -26,6 +26,7 @@ from rbfast.teacher import logprobs, server_logprobs
 from rbfast.teacher.budget import FREE, Budget
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer, add_local_logprobs
+from rbfast.teacher.prompt_scores import DIALECTS
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
 from rbfast.teacher.solutions import Question, teach
@@ -176,7 +177,7 @@ def test_overlong_trace_is_refused_with_the_reason(tmp_path):
     assert refused and "at most 60 tokens" in refused[0][1]
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_server_logprobs_match_the_model(tmp_path, dialect):
     ascii_only = [trace for trace in TRACES if trace.completion().isascii()] if dialect == "echo" else TRACES
     model = teacher_model(TOKENIZER)
@@ -187,7 +188,7 @@ def test_server_logprobs_match_the_model(tmp_path, dialect):
         add_server_logprobs(server.client(), ascii_only, TOKENIZER, store, dialect=dialect)
         assert len(server.requests) == sent == len(ascii_only) + 2
     examples = filled_examples(SignalStore.open(tmp_path), ascii_only)
-    if dialect == "vllm":
+    if dialect != "echo":
         check_exact(model, examples)
     for example in examples:
         rows = torch.tensor(example.teacher_rows)
@@ -197,7 +198,7 @@ def test_server_logprobs_match_the_model(tmp_path, dialect):
         torch.testing.assert_close(torch.tensor(example.teacher_logprobs)[known], values[known], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_server_with_other_tokens_requires_align(tmp_path, dialect):
     ascii_trace = TRACES[1:2]
     with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
@@ -208,13 +209,15 @@ def test_server_with_other_tokens_requires_align(tmp_path, dialect):
     assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_server_with_other_tokens_reads_earlier_turns(tmp_path, dialect):
     turns = ({"role": "user", "content": "Add 12."}, {"role": "assistant", "content": "To what?"})
     trace = Trace("To 30.", TEXTS[0], "42", system="Be brief.", turns=turns)
     with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
         add_server_logprobs(server.client(), [trace], TOKENIZER, store, dialect=dialect, align=True)
-    assert server.requests[0]["prompt"].startswith("Be brief.\n\nAdd 12.\n\nTo what?\n\nTo 30.") and len(store) == 1
+    [request] = server.requests
+    prompt = request["text" if dialect == "sglang" else "prompt"]
+    assert prompt.startswith("Be brief.\n\nAdd 12.\n\nTo what?\n\nTo 30.") and len(store) == 1
 
 
 def test_trace_refused_by_a_server_does_not_stop_the_others(tmp_path):
@@ -316,18 +319,39 @@ def test_pending_answers_are_kept_after_an_early_end(tmp_path, monkeypatch, faul
     assert len(started) < len(traces)
 
 
-def test_server_that_scores_no_prompts_is_reported(tmp_path):
+@pytest.mark.parametrize(("dialect", "wanted"), [("vllm", "prompt_logprobs"), ("sglang", "input_top_logprobs")])
+def test_server_that_scores_no_prompts_is_reported(tmp_path, dialect, wanted):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
-        server.complete = lambda body: {"choices": [{"text": "hello"}]}
-        with pytest.raises(ServerError, match="sends no prompt_logprobs"):
-            add_server_logprobs(server.client(), TRACES, TOKENIZER, store)
+        server.complete = server.generate = lambda body: {"choices": [{"text": "hello"}], "meta_info": {}}
+        with pytest.raises(ServerError, match=f"sends no {wanted}: .*dialects: vllm, sglang, echo"):
+            add_server_logprobs(server.client(), TRACES, TOKENIZER, store, dialect=dialect)
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+def test_sglang_shows_texts_for_the_first_prompts_only(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        assert add_server_logprobs(server.client(), TRACES, TOKENIZER, store, dialect="sglang", concurrency=1) == []
+    assert [request["return_text_in_logprobs"] for request in server.requests] == [True, False, False]
+
+
+def test_null_from_sglang_is_no_probability(tmp_path):
+    model = teacher_model(TOKENIZER)
+    example = encode(TRACES[0], TOKENIZER)
+    label = int(example.labels[example.labels != IGNORE][0])
+    with torch.no_grad():
+        model.lm_head = torch.nn.Linear(model.config.hidden_size, len(TOKENIZER))
+        model.lm_head.bias[label] = -torch.inf
+    with serving(model, TOKENIZER) as server, store_at(tmp_path) as store:
+        assert add_server_logprobs(server.client(), TRACES[:1], TOKENIZER, store, dialect="sglang") == []
+    [example] = filled_examples(SignalStore.open(tmp_path), TRACES[:1])
+    assert label not in example.teacher_ids[np.isfinite(example.teacher_logprobs)]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_logprobs_of_an_unknown_shape_are_reported(tmp_path, dialect):
     pairs, as_of_chats = [[5, -0.1]] * len(encode(TRACES[1], TOKENIZER).input_ids), {"content": [{"token": "1"}]}
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"prompt_logprobs": pairs, "logprobs": as_of_chats}]}
+        server.generate = lambda body: {"meta_info": {"input_token_logprobs": pairs, "input_top_logprobs": pairs}}
         with pytest.raises(ServerError, match=f"not send log-probs in the format of --dialect {dialect}"):
             add_server_logprobs(server.client(), TRACES[1:2], TOKENIZER, store, dialect=dialect)
 
