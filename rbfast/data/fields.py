@@ -68,6 +68,7 @@ _NOT_TEACHERS = re.compile(
 _NO_TEACHER = re.compile(
     r"(?:model|llm|ai|assistant|generated|predicted|long|full|complex|native|raw|step|cot)(?:_.*)?"
 )
+_JSON_BLOCK = re.compile(r"```(?:json)?\s*(\{.*\})\s*```\s*", re.DOTALL)
 
 
 class Field(NamedTuple):
@@ -166,7 +167,9 @@ def _values_at(row: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping, also one given as JSON text; empty for anything else."""
+    """A mapping, also one given as JSON text, with or without a code fence; empty for anything else."""
+    if isinstance(value, str) and (fenced := _JSON_BLOCK.fullmatch(value)):
+        value = fenced[1]
     if isinstance(value, str) and value[:1] == "{":
         try:
             value = json.loads(value)

@@ -146,10 +146,16 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def test_a_long_reply_may_be_json_too():
+@pytest.mark.parametrize("fence", ["{}", "```json\n{}\n```", "```\n{}\n```\n"])
+def test_a_long_reply_may_be_json_too(fence):
     thought = f"{THOUGHT} " + "So 42. " * 2000
-    reply = json.dumps({"reasoning": thought, "answer": "42"})
+    reply = fence.format(json.dumps({"reasoning": thought, "answer": "42"}, indent=2))
     assert interpret({"prompt": QUESTION, "response": reply}).rows[0]["reasoning"] == thought.strip()
+
+
+def test_a_reply_with_json_within_is_text():
+    reply = '```json\n{"reasoning": "Add.", "answer": "42"}\n```\nSo it is \\boxed{42}.'
+    assert interpret({"prompt": QUESTION, "response": reply}).rows[0]["reasoning"] == reply
 
 
 @pytest.mark.parametrize("name", SHAPES)
