@@ -58,16 +58,18 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            try:
-                flock(handle, LOCK_EX | LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is using {folder}: wait until it ends, or name another") from None
+        flock(handle, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)  # and leave the folder: another of this name would not be locked
+        raise ValueError(f"another process is using {folder}: wait until it ends, or name another") from None
+    except OSError:
+        pass
+    try:
         yield
     finally:
-        os.close(handle)  # releases the lock
         with suppress(OSError):
             folder.rmdir()  # if nothing was written into it
+        os.close(handle)  # releases the lock
 
 
 @contextmanager

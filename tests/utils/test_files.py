@@ -152,6 +152,13 @@ def test_second_lock_is_refused_and_an_unused_folder_is_removed(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_refused_lock_leaves_the_first_in_force(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another process is using"), lock_folder(tmp_path / "out"):
+                pass
+
+
 def test_output_on_a_read_only_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(dir: Path) -> None:  # as a read-only file system does
         raise OSError(30, "Read-only file system", f"{dir}/tmp123")
