@@ -5,7 +5,6 @@ A `Trace` is always valid: it checks its fields when it is created. A `TraceErro
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -228,7 +227,7 @@ def _check_signals(signals: object) -> None:
     if any(token < 0 for token in chain.from_iterable(ids)):
         raise TraceError("signals.ids: expected token ids of 0 or more, got a negative one")
     for value in chain.from_iterable(logprobs):
-        if not math.isfinite(value) or value > _LOGPROB_SLACK:
+        if not is_finite(value) or value > _LOGPROB_SLACK:
             raise TraceError(
                 f"signals.logprobs: expected finite log-probabilities of at most 0, got {value}; leave out tokens of "
                 "probability 0, and pass log-probabilities rather than logits"

@@ -47,6 +47,7 @@ from rbfast.data.trace import Trace, TraceError
         ({"signals": {"ids": [[1]], "logprobs": [[None]]}}, "signals.logprobs: expected numbers, got NoneType"),
         ({"signals": {"ids": [[1]], "logprobs": [[math.nan]]}}, "signals.logprobs: expected finite .* got nan"),
         ({"signals": {"ids": [[1]], "logprobs": [[-math.inf]]}}, "signals.logprobs: expected finite .* got -inf"),
+        ({"signals": {"ids": [[1]], "logprobs": [[-(10**400)]]}}, "signals.logprobs: expected finite .* got -1000"),
         ({"signals": {"ids": [[1]], "logprobs": [[12.5]]}}, "signals.logprobs: .* rather than logits"),
         ({"signals": {"ids": [[1, 2]], "logprobs": [[0.0]]}}, "signals: expected as many ids as logprobs"),
         ({"signals": {"ids": [[1], []], "logprobs": [[0.0], []]}}, "signals: .* got none in row 1"),
