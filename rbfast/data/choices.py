@@ -99,7 +99,8 @@ def chosen_option(answers: Sequence[Any], options: Mapping[str, str]) -> str | N
         text = (as_text(answer) or "").strip()
         label = text.strip("().: ")
         by_label = next((own for own in labels if label and own.upper() == label.upper()), None)
-        by_index = labels[int(label)] if label.isdecimal() and int(label) < len(labels) else None
+        is_index = label.isdecimal() and len(label) < 3 and int(label) < len(labels)  # int() refuses 5,000 digits
+        by_index = labels[int(label)] if is_index else None
         by_text = text if text in options.values() else None
         matches = by_label or by_index, by_text
         first, second = matches if isinstance(answer, int | float) else reversed(matches)
