@@ -64,8 +64,8 @@ TOOL_CALL = re.compile(
 
 
 def _any_of(*marks: str) -> re.Pattern[str]:
-    """A case-insensitive pattern for any of these marks."""
-    return re.compile("|".join(map(re.escape, marks)), re.IGNORECASE)
+    """A pattern for any of these marks, whose ASCII letters may have any case."""
+    return re.compile("|".join(map(re.escape, marks)), re.IGNORECASE | re.ASCII)
 
 
 _SURE_CLOSERS = [marks.closer for marks in THINKING if marks.is_sure]

@@ -50,6 +50,11 @@ def places_of(opener: str, closer: str) -> set[str]:
     return {place for place, is_recognised in recognised.items() if is_recognised}
 
 
+@pytest.mark.parametrize("tag", ["rea\u017foning", "th\u0131nk"])
+def test_letters_beyond_ascii_are_no_capitals_of_a_mark(tag):
+    assert split_thinking(f"<{tag}>a</{tag}>b") == (None, f"<{tag}>a</{tag}>b")
+
+
 def is_found_in_template(opener: str, closer: str) -> bool:
     """Whether the marks are recognised in a template that drops the text before a closer."""
     tokenizer = deepcopy(tokenizer_of("mistral"))
