@@ -195,8 +195,9 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 
 def _check_out_of_pool(pool: Pool, out: Path) -> None:
     """Raise ValueError if the output would be read as part of the pool, or overwrite it."""
+    written = {(out / name).resolve() for name in ("", "reason1k.jsonl", "dropped.jsonl", "datasheet.json")}
     for source in pool.sources:
-        if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
+        if Path(source).resolve() in written:
             raise ValueError(f"{out}: the output would overlap the pool ({source}): choose another folder")
 
 

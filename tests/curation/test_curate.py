@@ -131,13 +131,13 @@ def test_datasheet_gives_the_full_counts_of_shortened_lists(tmp_path: Path) -> N
     assert "the 20 largest of 25" in page and len(sheet["domains"]) == 25
 
 
-@pytest.mark.parametrize("source", ["", "reason1k.jsonl"])
+@pytest.mark.parametrize("source", ["", "reason1k.jsonl", "dropped.jsonl", "datasheet.json"])
 def test_output_that_overlaps_the_pool_is_refused(source: str, small: tuple[Path, Path]) -> None:
     folder = small[0].parent
-    write_rows(folder / "reason1k.jsonl", [row("What is it?")])
+    path = write_rows(folder / (source or "reason1k.jsonl"), [row("What is it?")])
     with pytest.raises(ValueError, match="the output would overlap the pool"):
         rbfast.curate([small[1], folder / source], folder)
-    assert len(rows_of(folder / "reason1k.jsonl")) == 1
+    assert len(rows_of(path)) == 1
 
 
 @pytest.mark.parametrize("reference", [8, math.nan, "8 \ud83d"])
