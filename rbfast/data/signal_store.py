@@ -117,7 +117,7 @@ class SignalStore:
         """Write the pending entries as one more shard, atomically."""
         if not self._pending:
             return
-        entries, self._pending = self._pending, []
+        entries = self._pending
         tensors = {
             "keys": np.stack([np.frombuffer(entry.key, dtype=np.uint8) for entry in entries]),
             "ends": np.cumsum([len(entry.rows) for entry in entries]),
@@ -128,6 +128,7 @@ class SignalStore:
         path = self.folder / f"signals-{name}.safetensors"
         with atomic_write(path) as file:
             file.write(seal(save(tensors)))
+        self._pending = []  # not before: after a full disk, the next flush writes them
         for item, entry in enumerate(entries):
             self._locations[entry.key] = len(self._shards), item
         self._shards.append(path)

@@ -5,6 +5,7 @@ import math
 import tracemalloc
 from threading import Event
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -462,6 +463,17 @@ def test_store_accepts_only_its_own_traces_and_settings(tmp_path):
         SignalStore(tmp_path, "huge", K, len(TOKENIZER))
     store_at(tmp_path / "empty").flush()
     assert store_at(tmp_path / "empty", k=K + 1).k == SignalStore.open(tmp_path / "empty").k == K + 1
+
+
+def test_signals_that_a_full_disk_refused_are_written_later(tmp_path, monkeypatch):
+    example, store = encode(TRACES[0], TOKENIZER), store_at(tmp_path)
+    store.add(example, np.array([0]), np.array([[1]]), np.array([[-0.5]]))
+    with monkeypatch.context() as patch:
+        patch.setattr("rbfast.data.signal_store.atomic_write", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            store.flush()
+    store.flush()
+    assert example in SignalStore.open(tmp_path)
 
 
 def test_each_shard_is_read_once_in_any_order(tmp_path, monkeypatch):
