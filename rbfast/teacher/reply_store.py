@@ -58,7 +58,8 @@ class ReplyStore:
         return self._replies.get(job.key) or self._whole.get(job.unlimited)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        return [job for job in jobs if self.get(job) is None]
+        """The jobs without a reply; one of those that send the same request."""
+        return list({job.key: job for job in jobs if self.get(job) is None}.values())
 
     def has(self, key: str) -> bool:
         return key in self._replies

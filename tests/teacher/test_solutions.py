@@ -60,6 +60,11 @@ def test_repeated_call_sends_nothing_twice(server, tmp_path):
     assert more.written > taught.written
 
 
+def test_equal_questions_are_sent_once(server, tmp_path):
+    taught = teach(server.client(), [*QUESTIONS[:2], QUESTIONS[0]], tmp_path)
+    assert len(server.requests) == 2 and [trace.id for trace in taught.traces] == ["q0/0", "q1/0", "q0/0"]
+
+
 def test_samples_have_their_own_seeds(server, tmp_path):
     taught = teach(server.client(temperature=0.7, seed=5), QUESTIONS[:2], tmp_path, samples=3)
     assert len(taught.traces) == 6 and {body["seed"] for body in server.requests} == {5, 6, 7}
