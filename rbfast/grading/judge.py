@@ -96,6 +96,8 @@ class Judge:
                 process.stdin.close()
 
     def _ensure_running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it was killed since its last answer, as the system does if memory is short
         if self._process is None:
             self._process, self._answers = _start(self._kind)
             try:

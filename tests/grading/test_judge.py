@@ -54,6 +54,17 @@ def test_a_worker_that_does_not_start_in_time_raises_timeout_error(monkeypatch):
         own.close()
 
 
+def test_a_worker_that_was_killed_between_questions_is_replaced():
+    own = Judge("math-verify")
+    try:
+        assert own.ask(RIGHT)
+        own._process.kill()
+        own._process.wait()
+        assert own.ask(RIGHT) and own.killed == 0
+    finally:
+        own.close()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C reaches a group of processes on POSIX")
 def test_ctrl_c_between_questions_does_not_end_the_worker():
     own = Judge("math-verify")
