@@ -61,36 +61,14 @@ def cores() -> int:
 # ------------------------------------------------------------------------------------------------------------- folding
 
 # Unicode signs by their LaTeX names, so that both spellings give one token. Spaces keep a name from joining a word.
-_SIGNS = {
-    **dict.fromkeys("×·⋅∙∗", "*"),
-    **dict.fromkeys("−‒", "-"),
-    **dict.fromkeys("⁄∕", "/"),
-    **dict.fromkeys("’‘′", "'"),
-    "∣": "|",
-    **{"≤": " le ", "⩽": " le ", "≥": " ge ", "⩾": " ge ", "≠": " ne ", "≈": " approx ", "≡": " equiv ", "≅": " cong "},
-    **{
-        "∼": " sim ",
-        "¬": " neg ",
-        "±": " pm ",
-        "∓": " mp ",
-        "÷": " div ",
-        "√": " sqrt ",
-        "∞": " infty ",
-        "°": " circ ",
-    },
-    **{"∑": " sum ", "∏": " prod ", "∫": " int ", "∂": " partial ", "∇": " nabla ", "∈": " in ", "∉": " notin "},
-    **{
-        "⊂": " subset ",
-        "⊆": " subseteq ",
-        "∪": " cup ",
-        "∩": " cap ",
-        "∅": " emptyset ",
-        "→": " to ",
-        "⇒": " implies ",
-    },
-    **{"∠": " angle ", "△": " triangle ", "⊥": " perp ", "∥": " parallel ", "∀": " forall ", "∃": " exists "},
-    **{"⌊": " lfloor ", "⌋": " rfloor ", "⌈": " lceil ", "⌉": " rceil ", "⟨": " langle ", "⟩": " rangle "},
-}
+_NAMED = (
+    "≤ le ⩽ le ≥ ge ⩾ ge ≠ ne ≈ approx ≡ equiv ≅ cong ∼ sim ¬ neg ± pm ∓ mp ÷ div √ sqrt ∞ infty ° circ ∑ sum ∏ prod "
+    "∫ int ∂ partial ∇ nabla ∈ in ∉ notin ⊂ subset ⊆ subseteq ∪ cup ∩ cap ∅ emptyset → to ⇒ implies ∠ angle △ triangle "
+    "⊥ perp ∥ parallel ∀ forall ∃ exists ⌊ lfloor ⌋ rfloor ⌈ lceil ⌉ rceil ⟨ langle ⟩ rangle"
+)
+_SIGNS = dict(zip(_NAMED.split()[::2], (f" {name} " for name in _NAMED.split()[1::2]), strict=True))
+_SIGNS |= dict.fromkeys("×·⋅∙∗", "*") | dict.fromkeys("−‒", "-") | dict.fromkeys("⁄∕", "/")
+_SIGNS |= dict.fromkeys("’‘′", "'") | {"∣": "|"}
 _UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")  # written without spaces
 _RAISED = re.compile("[⁰¹²³⁴-⁾ⁿⁱ]+")
 _LONE_GREEK = re.compile("(?<![α-ω])[α-ω](?![α-ω])")  # a variable; in Greek words the letters stay together

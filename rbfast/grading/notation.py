@@ -23,44 +23,15 @@ _SIGNS = {
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u2061\u2062\u2063\u00ad", ""),
     **dict.fromkeys("’′", "'"),
     **dict.fromkeys("“”", '"'),
-    "×": r"\times ",
-    "÷": "/",
-    "∗": "*",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "¬": r"\neg ",
-    "∧": r"\land ",
-    "∨": r"\lor ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "°": r"^\circ ",
-    "º": r"^\circ ",
-    "√": r"\sqrt ",
-    "∛": r"\sqrt[3] ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "→": r"\to ",
-    "∠": r"\angle ",
-    "、": ",",
-    "。": ".",
+    **{"÷": "/", "∗": "*", "、": ",", "。": ".", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∛": r"\sqrt[3] "},
+    **dict.fromkeys("°º", r"^\circ "),
 }
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi . pi rho . sigma tau upsilon phi chi psi "
-    "omega"
+_NAMED = (  # signs, each before its LaTeX name
+    "× times ± pm ∓ mp ≤ le ≥ ge ⩽ le ⩾ ge ≠ ne ≈ approx ∞ infty ∪ cup ∩ cap ¬ neg ∧ land ∨ lor ∈ in ∅ emptyset √ sqrt "
+    "⟨ langle ⟩ rangle → to ∠ angle Δ Delta Ω Omega Σ Sigma ϕ phi µ mu α alpha β beta γ gamma δ delta ε epsilon ζ zeta "
+    "η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi ρ rho σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega"
 )
-_SIGNS |= {chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK.split()) if name != "."}
-_SIGNS |= {"Δ": r"\Delta ", "Ω": r"\Omega ", "Σ": r"\Sigma ", "ϕ": r"\phi ", "µ": r"\mu "}
+_SIGNS |= dict(zip(_NAMED.split()[::2], (rf"\{name} " for name in _NAMED.split()[1::2]), strict=True))
 _UP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
