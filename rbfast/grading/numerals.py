@@ -20,7 +20,7 @@ _SMALL = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _UNITS = {word: value for value, word in enumerate(_SMALL.split())}
 _UNITS |= {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
-_GROUPS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+GROUPS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
 _PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10}
 _PARTS |= {f"{word}s": value for word, value in _PARTS.items() if word not in ("half", "halves")}
@@ -28,7 +28,7 @@ _MOST_LETTERS = 100
 _SIGN = re.compile(r"(?:minus|negative)\s+")
 _AND_PART = re.compile(r"(.+?) and (?:a |(\S+) )(\S+)")
 
-WORDS = frozenset({*_UNITS, *_GROUPS, "hundred", "dozen"})
+WORDS = frozenset({*_UNITS, *GROUPS, "hundred", "dozen"})
 """The words that a whole number is made of."""
 
 
@@ -63,7 +63,7 @@ def _parse_integer(words: list[str]) -> int | None:
     if words[-1:] == ["dozen"]:
         dozens = _parse_integer(words[:-1] if words[:-1] not in ([], ["a"]) else ["one"])
         return None if dozens is None else 12 * dozens
-    if words[:1] == ["a"] and len(words) > 1 and (words[1] in _GROUPS or words[1] == "hundred"):
+    if words[:1] == ["a"] and len(words) > 1 and (words[1] in GROUPS or words[1] == "hundred"):
         words = ["one", *words[1:]]
     total, group, last = 0, 0, 10**15  # last: the previous group word; the next must be smaller
     smallest: int | None = None  # of the group: after twenty comes at most nine, after nine nothing
@@ -80,8 +80,8 @@ def _parse_integer(words: list[str]) -> int | None:
             if smallest is None or not 0 < group < 20:
                 return None
             group, smallest = 100 * group, 100
-        elif word in _GROUPS and group and _GROUPS[word] < last:
-            last = _GROUPS[word]
+        elif word in GROUPS and group and GROUPS[word] < last:
+            last = GROUPS[word]
             total, group, smallest = total + group * last, 0, 100
         else:
             return None

@@ -15,6 +15,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from rbfast.grading.numerals import GROUPS
+
 
 class Unit(NamedTuple):
     """A dimension, and the size of the unit in that dimension's base unit."""
@@ -77,14 +79,7 @@ _SYMBOLS = {
 }
 _SYMBOLS |= {prefix + base: Unit(_UNITS[base].dimension, _PREFIXES[prefix]) for prefix, base in ("nm", "ms", "ns")}
 
-_MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+_MULTIPLIERS = {"dozen": 12, "hundred": 100} | GROUPS
 CURRENCIES = {"money", "euros", "sterling", "rupees"}
 """The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
