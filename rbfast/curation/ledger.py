@@ -12,7 +12,6 @@ from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, AssessedPart
 from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match, strongest_matches
 from rbfast.curation.dedup import duplicates
 
-_STAGES = ("clean", "decontaminate", "dedup", "score", "select")
 _CONTAMINATED = {
     "text": "holds an evaluation problem",
     "template": "an evaluation problem with other numbers",
@@ -46,7 +45,7 @@ class Ledger:
         self.evaluations: tuple[Evaluation, ...] = ()
         flaws = Counter(flaw.partition(":")[0] for flaw in part.flaws if flaw is not None)
         self.stages = [Stage("clean", len(part.flaws), _sorted_by_count(flaws))]
-        self._stage_of = np.zeros(len(self.rows), dtype=np.int8)  # an index into `stages`; 0: not dropped
+        self._stage_of = np.full(len(self.rows), "", dtype=object)
         self._kind_of: list[str] = [""] * len(self.rows)
         self._keeper = np.arange(len(self.rows))
 
@@ -55,7 +54,7 @@ class Ledger:
         self.stages.append(Stage(stage, int(self.alive.sum()), _sorted_by_count(Counter(kinds.values()))))
         for item, kind in kinds.items():
             self.alive[item] = False
-            self._stage_of[item] = len(self.stages) - 1
+            self._stage_of[item] = stage
             self._kind_of[item] = kind
 
     def decontaminate(self, decontaminator: Decontaminator, keep_templates: bool) -> None:
@@ -91,7 +90,7 @@ class Ledger:
     @property
     def eligible(self) -> np.ndarray:
         """The items that selection could choose from, bool."""
-        return self.alive | (self._stage_of == len(_STAGES) - 1)
+        return self.alive | (self._stage_of == "select")
 
     def kept_duplicates(self) -> np.ndarray:
         """The rows that were kept in place of duplicates, int64, sorted."""
@@ -101,7 +100,7 @@ class Ledger:
         """The entry of a row in `dropped.jsonl`: its stage, the reason, and what it matched."""
         if item is None:
             return {"stage": "clean", "reason": self.part.flaws[row]}
-        stage = self.stages[self._stage_of[item]].name
+        stage = self._stage_of[item]
         entry: dict[str, Any] = {"stage": stage, "reason": self._kind_of[item]}
         match = self.matches[item]
         if stage == "decontaminate" and match:
