@@ -158,13 +158,12 @@ def _logprobs(choice: Mapping[str, Any]) -> list[list[Any]]:
     """The log-probs of the reply's tokens; empty if their format is unknown: the text is paid for."""
     try:
         top = (choice.get("logprobs") or {}).get("content") or []
-        return [[_latin(token), [[_latin(c), float(c["logprob"])] for c in _candidates(token)]] for token in top]
+        return [
+            [_latin(token), [[_latin(c), float(c["logprob"])] for c in token.get("top_logprobs") or []]]
+            for token in top
+        ]
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
         return []
-
-
-def _candidates(token: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return token.get("top_logprobs") or []
 
 
 def _latin(token: Mapping[str, Any]) -> str:

@@ -313,8 +313,9 @@ def add_reply_logprobs(
     if not tasks:
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
-    pieces = [
-        Piece(_to_bytes(token), [(_to_bytes(other), value) for other, value in top]) for token, top in reply["logprobs"]
+    pieces = [  # bytes as Latin-1, as in `ChatReply`
+        Piece(token.encode("latin-1"), [(other.encode("latin-1"), value) for other, value in top])
+        for token, top in reply["logprobs"]
     ]
     # The reply may list more tokens than its text has: many servers include the thinking and the end of turn.
     listed, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
@@ -338,7 +339,3 @@ def add_reply_logprobs(
     if not rows:
         return NOTHING_SHARED
     return try_to_add(store, task.example, *_top_k_table(rows, store.k))
-
-
-def _to_bytes(letters: str) -> bytes:
-    return letters.encode("latin-1")
