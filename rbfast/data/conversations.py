@@ -32,14 +32,9 @@ _ROLES |= dict.fromkeys(("user", "human", "prompter", "student", "question"), US
 _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai", "teacher", "answer"), ASSISTANT)
 _ROLES |= dict.fromkeys(("think", "thinking", "thought", "thoughts", "reasoning", "analysis"), THOUGHT)
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts", "message")
-THOUGHT_KEYS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "think_content",
-    "thinking_content",
-    "thought",
-    "thoughts",
+_THOUGHT_KEYS = (
+    *("reasoning_content", "reasoning", "thinking", "think_content", "thinking_content"),
+    *("thought", "thoughts", "thinking_blocks"),
 )
 
 _OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
@@ -143,7 +138,7 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 def separate_thought(message: Mapping[str, Any]) -> str | None:
     """The thinking in a field beside a message's content: a text, an object with a text, or a list of blocks."""
-    for key in (*THOUGHT_KEYS, "thinking_blocks"):
+    for key in _THOUGHT_KEYS:
         value = message.get(key)
         if isinstance(value, Mapping):
             value = value.get("content") or value.get("text")
