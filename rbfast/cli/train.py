@@ -239,9 +239,9 @@ def _given(args: argparse.Namespace, *names: str) -> list[str]:
 
 
 def _print_run(args: argparse.Namespace, run: "Run") -> int:
-    from rbfast.report.plots import plot_losses
+    from rbfast.report.plots import draw_losses, save
 
-    plot_losses(run.log_history, args.out / "losses.png")
+    save(draw_losses(run.log_history), args.out / "losses.png")
     if run.found:
         print(
             f"already finished: the adapter is in {args.out}, nothing was trained; to train again, choose another "

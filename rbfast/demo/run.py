@@ -22,7 +22,7 @@ from rbfast.evaluation.evaluate import Result, evaluate
 from rbfast.evaluation.statistics import paired_difference
 from rbfast.grading.grade import Problem
 from rbfast.models.student import SMOLLM2, fast_dtype, load_student
-from rbfast.report.plots import plot_accuracy, plot_losses, plot_placement
+from rbfast.report.plots import draw_accuracy, draw_losses, draw_placement, save
 from rbfast.report.run_report import write_report
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.utils.files import write_text
@@ -69,10 +69,10 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
         "training_seconds": run.seconds,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    plot_losses(run.log_history, out / "losses.png")
+    save(draw_losses(run.log_history), out / "losses.png")
     placed = {m.name: {"columns": m.columns, "values": m.values, "in": m.in_features} for m in run.adapter.summary()}
-    plot_placement(placed, out / "placement.png")
-    plot_accuracy([{"family": name} | entry for name, entry in families.items()], out / "accuracy.png")
+    save(draw_placement(placed), out / "placement.png")
+    save(draw_accuracy([{"family": name} | entry for name, entry in families.items()]), out / "accuracy.png")
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     write_report([out], out / "report.html")
     return summary

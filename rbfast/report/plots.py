@@ -1,12 +1,10 @@
 """Plots of a run: losses by role, placement of the trained columns, accuracy before and after, accuracy by budget.
 
 ```python
-plot_losses(trainer.state.log_history, "losses.png")
-plot_placement({"model.layers.0.self_attn.q_proj": {"columns": 17, "values": 9792, "in": 576}}, "placement.png")
-plot_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40}], "accuracy.png")
+save(draw_losses(trainer.state.log_history), "losses.png")
+draw_placement({"model.layers.0.self_attn.q_proj": {"columns": 17, "values": 9792, "in": 576}})
+draw_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40}])
 ```
-
-`draw_X(data)` returns a figure, `plot_X(data, path)` writes it to a file.
 """
 
 from __future__ import annotations
@@ -32,11 +30,6 @@ _COLOURS = dict(zip(ROLES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
 BEFORE, AFTER = "#999999", "#0072B2"
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _WIDEST = 24.0  # inches
-
-
-def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write the figure of `draw_losses`."""
-    _save(draw_losses(log_history), path)
 
 
 def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -76,11 +69,6 @@ def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     """The steps and the values of one quantity in a log, [2, n]."""
     points = [(log["step"], log[name]) for log in log_history if name in log]
     return np.array(points, dtype=float).reshape(-1, 2).T
-
-
-def plot_placement(modules: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
-    """Write the figure of `draw_placement`."""
-    _save(draw_placement(modules), path)
 
 
 def draw_placement(modules: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -163,11 +151,6 @@ def _layer_and_kind(name: str) -> tuple[int, str]:
     return (int(match[2]), f"{match[1]}.{match[3]}") if match else (-1, name)
 
 
-def plot_accuracy(families: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write the figure of `draw_accuracy`."""
-    _save(draw_accuracy(families), path)
-
-
 def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
     """Bars before and after by family, with Wilson intervals; above them the paired gain with its interval.
 
@@ -239,6 +222,7 @@ def plot_label(name: str) -> str:
     return name if len(name) <= 60 else name[:57] + "..."
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG file, atomically."""
     with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -19,12 +19,12 @@ ROWS = [
     {"family": "chain_sum", "before": 0.0, "after": 1.0, "ci_low": 0.8, "ci_high": 1.0, "n": 1},
 ]
 SCORES = {name: 0.1 * number for number, name in enumerate(MODULES)}
-DRAW = [(plots.plot_losses, LOGS), (plots.plot_placement, MODULES), (plots.plot_accuracy, ROWS)]
+DRAW = [(plots.draw_losses, LOGS), (plots.draw_placement, MODULES), (plots.draw_accuracy, ROWS)]
 
 
 @pytest.mark.parametrize(("draw", "data"), DRAW)
 def test_pictures_are_written_completely(draw, data, tmp_path):
-    draw(data, tmp_path / "picture.png")
+    plots.save(draw(data), tmp_path / "picture.png")
     picture = matplotlib.image.imread(tmp_path / "picture.png")
     assert picture.shape[0] > 300 and picture.shape[1] > 400 and picture[..., :3].std() > 0.01
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
@@ -32,8 +32,8 @@ def test_pictures_are_written_completely(draw, data, tmp_path):
 
 @pytest.mark.parametrize(("draw", "data"), DRAW)
 def test_pictures_are_reproducible(draw, data, tmp_path):
-    draw(data, tmp_path / "one.png")
-    draw(data, tmp_path / "two.png")
+    plots.save(draw(data), tmp_path / "one.png")
+    plots.save(draw(data), tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        plots.plot_accuracy(ROWS, path)
+        plots.save(plots.draw_accuracy(ROWS), path)
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
 
 
@@ -118,8 +118,8 @@ def test_modules_are_placed_by_their_first_number():
 
 def test_empty_data_is_refused():
     with pytest.raises(ValueError, match=r"expected loss_strategic, .* in 1 log records, got none"):
-        plots.plot_losses([{"step": 1, "loss": 2.0}], "never.png")
+        plots.draw_losses([{"step": 1, "loss": 2.0}])
     with pytest.raises(ValueError, match="at least one module"):
-        plots.plot_placement({}, "never.png")
+        plots.draw_placement({})
     with pytest.raises(ValueError, match="at least one family"):
-        plots.plot_accuracy([], "never.png")
+        plots.draw_accuracy([])
