@@ -1,7 +1,7 @@
 """Grade answers in a process that can be killed: by math-verify, or by a reasoning-gym task's own verifier.
 
 ```python
-judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
+judge("math-verify").ask(["$1/2$", "$0.5$"], seconds=5)         # True; None if there is no verdict within the limit
 ```
 
 Both evaluate an answer to read it, and an answer may be a tower of powers or code. One process serves all answers of a
@@ -51,7 +51,7 @@ class Judge:
         """The verdict; None, with a warning, if there is none within so many seconds of CPU time.
 
         Args:
-            question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
+            question: `[expected, statement]` for math-verify, `[task, entry, reading]` for reasoning-gym.
 
         Raises:
             ImportError: the package cannot be imported.

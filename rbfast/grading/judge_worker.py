@@ -53,11 +53,8 @@ def main() -> None:
         _write_verdict(answers, verdict)
 
 
-def _math_verify() -> Callable[[str, list[str]], bool]:
+def _math_verify() -> Callable[[str, str], bool]:
     from rbfast.grading.expressions import same_value  # imports sympy
-
-    def equal(expected: str, statements: list[str]) -> bool:
-        return any(is_equal(expected, statement) for statement in statements)
 
     def is_equal(expected: str, statement: str) -> bool:
         try:
@@ -65,7 +62,7 @@ def _math_verify() -> Callable[[str, list[str]], bool]:
         except _UNREADABLE:
             return False
 
-    return equal
+    return is_equal
 
 
 # What parsing a malformed answer may raise. Anything else is a bug and ends the process.

@@ -81,7 +81,7 @@ class _ExpressionComparer:
             _warn_of_expressions()
             return False
         require_math_verify()
-        verdict = judge("math-verify").ask([left, [right]])
+        verdict = judge("math-verify").ask([left, right])
         if verdict is None:
             self._left = 0
         return bool(verdict)

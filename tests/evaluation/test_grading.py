@@ -316,11 +316,11 @@ def test_answer_that_hangs_the_grader_is_wrong_and_the_next_is_graded():
     pytest.importorskip("math_verify")
     judge = Judge("math-verify")
     try:
-        assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
+        assert judge.ask(["$5$", "$6$"], 60.0) is False and judge.killed == 0
         first = judge._process
-        assert judge.ask(["$5$", ["(10^9)!"]], 0.2) is None and judge.killed == 1
+        assert judge.ask(["$5$", "(10^9)!"], 0.2) is None and judge.killed == 1
         assert first.poll() is not None
-        assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
+        assert judge.ask(["$\\frac{1}{2}$", "$1/2$"], 60.0) is True
         assert judge.killed == 1
     finally:
         judge.close()

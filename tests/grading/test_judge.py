@@ -11,7 +11,7 @@ from rbfast.grading.judge import Judge, judge
 
 pytest.importorskip("math_verify")
 pytestmark = pytest.mark.slow
-RIGHT, WRONG = ["$1/2$", ["$0.5$"]], ["$1/2$", ["$0.4$"]]
+RIGHT, WRONG = ["$1/2$", "$0.5$"], ["$1/2$", "$0.4$"]
 
 
 @pytest.mark.parametrize("waits", [0, 1], ids=["as the worker starts", "as it compares"])

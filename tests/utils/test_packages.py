@@ -56,4 +56,4 @@ def test_error_says_why_the_grading_process_cannot_start(tmp_path, monkeypatch):
     write_package(tmp_path, "math_verify", "import absent_dependency")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportError, match=r"cannot be imported: ModuleNotFoundError.*absent_dependency"):
-        Judge("math-verify").ask(["$1$", ["$1$"]])
+        Judge("math-verify").ask(["$1$", "$1$"])
