@@ -35,7 +35,7 @@ def exact_value(text: str) -> Fraction | None:
     try:
         reader = _Parser(text)
         value = reader.sum()
-        return value if reader.rest() == "" else None
+        return None if text[reader.at :].strip() else value
     except (_NotRational, ZeroDivisionError, RecursionError):
         return None
 
@@ -45,13 +45,6 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
-
-    def rest(self) -> str:
-        return self.text[self.at :].strip()
-
-    def peek(self) -> tuple[str, str]:
-        match = _TOKEN.match(self.text, self.at)
-        return (match.lastgroup or "", match[0].strip()) if match else ("", "")
 
     def take(self, *wanted: str) -> str | None:
         match = _TOKEN.match(self.text, self.at)
@@ -80,7 +73,7 @@ class _Parser:
                 sign = -1 if self.take("-") else 1
                 following = sign * self.power()
                 value = _bounded(value / following if operator == "/" else value * following)
-            elif self.peek()[1] == "(":
+            elif self.text[self.at :].lstrip().startswith("("):
                 value = _bounded(value * self.power())
             else:
                 return value
@@ -106,11 +99,11 @@ class _Parser:
                 raise _NotRational
             self.at = match.end()
             return Fraction(whole * below + above, below)
-        kind, token = self.peek()
         match = _TOKEN.match(self.text, self.at)
-        if match is None or kind in ("times", ""):
+        if match is None:
             raise _NotRational
         self.at = match.end()
+        kind, token = match.lastgroup, match[0].strip()
         if kind == "number":
             return _number(token)
         if kind == "repeating":
