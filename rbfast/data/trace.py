@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from rbfast.data.answers import as_text
-from rbfast.data.spans import ANSWER, ROLES, STRATEGIC, Span, split_spans
+from rbfast.data.spans import ROLES, STRATEGIC, Span, split_spans
 from rbfast.utils.records import objects_of, show
 
 _REQUIRED = ("problem", "reasoning", "answer")
@@ -118,18 +118,10 @@ class Trace:
 
     def completion(self) -> str:
         """Plan, reasoning and answer as one text: what a student without a thinking template learns to write."""
-        return f"{self.thought()}{self._answer_text()}"
-
-    def role_spans(self) -> list[Span]:
-        """Spans that tile `completion()` exactly."""
-        end = len(self.thought())
-        return [*self.thought_spans(), Span(end, end + len(self._answer_text()), ANSWER)]
+        return f"{self.thought()}\n\n<answer>{self.answer}</answer>"
 
     def _plan_text(self) -> str:
         return f"{self.plan}\n\n" if self.plan else ""
-
-    def _answer_text(self) -> str:
-        return f"\n\n<answer>{self.answer}</answer>"
 
 
 def is_finite(value: object) -> bool:

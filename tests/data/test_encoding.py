@@ -100,12 +100,12 @@ def test_every_token_has_the_role_of_its_characters(tokenizer) -> None:
         text, example = source.completion(), encode(source, tokenizer, max_tokens=100_000)
         roles = example.roles[example.labels != IGNORE]
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        role_at = {at: span.role for span in source.role_spans() for at in range(span.start, span.end)}
+        role_at = {at: span.role for span in source.thought_spans() for at in range(span.start, span.end)}
         assert len(roles) == len(offsets) + 1
         assert roles[-1] == ANSWER
         for role, (start, end) in zip(roles, offsets, strict=False):
             visible = [at for at in range(start, end) if not text[at].isspace()] or [start]
-            assert role == role_at[visible[0]]
+            assert role == role_at.get(visible[0], ANSWER)
 
 
 def test_too_long_trace_is_left_out_not_truncated(tokenizer) -> None:

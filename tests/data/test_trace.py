@@ -5,7 +5,7 @@ import math
 import pytest
 from traces import FULL, ROW, trace
 
-from rbfast.data.spans import ANSWER, STRATEGIC, TACTICAL, Span, split_spans
+from rbfast.data.spans import STRATEGIC, TACTICAL, Span, split_spans
 from rbfast.data.trace import Trace, TraceError
 
 # Schema
@@ -91,21 +91,16 @@ def test_error_shortens_a_long_value() -> None:
 # Roles of a trace
 
 
-def test_role_spans_tile_the_completion() -> None:
+def test_spans_tile_the_thought() -> None:
     planned = trace(plan="Add them.")
     assert planned.completion() == "Add them.\n\nFirst, add them.\n2 + 3 = 5.\n\n<answer>5</answer>"
-    assert planned.role_spans() == [
-        Span(0, 11, STRATEGIC),
-        Span(11, 28, STRATEGIC),
-        Span(28, 38, TACTICAL),
-        Span(38, 58, ANSWER),
-    ]
+    assert planned.thought_spans() == [Span(0, 11, STRATEGIC), Span(11, 28, STRATEGIC), Span(28, 38, TACTICAL)]
 
 
 def test_given_spans_take_precedence_over_the_splitter() -> None:
     marked = trace(spans=[[0, 20, "tactical"], [20, 27, "strategic"]])
-    assert marked.role_spans()[:2] == [Span(0, 20, TACTICAL), Span(20, 27, STRATEGIC)]
-    assert marked.role_spans()[:2] != split_spans(marked.reasoning)
+    assert marked.thought_spans()[:2] == [Span(0, 20, TACTICAL), Span(20, 27, STRATEGIC)]
+    assert marked.thought_spans()[:2] != split_spans(marked.reasoning)
 
 
 def test_spans_may_be_objects_as_parquet_needs() -> None:
