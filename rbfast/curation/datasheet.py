@@ -9,6 +9,7 @@ It contains no times or machine names, so the same curation gives the same datas
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def render(sheet: Mapping[str, Any]) -> str:
         _picture(_draw_stages, sheet["stages"], "What was dropped, and why"),
         _picture(_draw_domains, sheet["domains"], _domains_title(len(sheet["domains"]))),
         *(
-            _picture(_draw_histogram(label), sheet[name], title)
+            _picture(partial(_draw_histogram, label), sheet[name], title)
             for name, title, label in (
                 ("difficulty", "Difficulty", "difficulty, 1 the hardest"),
                 ("quality", "Quality", "quality"),
@@ -212,13 +213,10 @@ def _draw_domains(axes: Axes, domains: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_histogram(label: str) -> Callable[[Axes, Any], None]:
-    def draw(axes: Axes, histogram: Mapping[str, Any]) -> None:
-        edges = histogram["edges"]
-        for key, colour in (("before", BEFORE), ("after", AFTER)):
-            counts = np.array(histogram[key], dtype=float)
-            axes.stairs(100 * counts / max(1.0, counts.sum()), edges, color=colour, fill=True, alpha=0.6, label=key)
-        axes.set(xlabel=label, ylabel="share of items (%)")
-        axes.legend(frameon=False)
-
-    return draw
+def _draw_histogram(label: str, axes: Axes, histogram: Mapping[str, Any]) -> None:
+    for key, colour in (("before", BEFORE), ("after", AFTER)):
+        counts = np.array(histogram[key], dtype=float)
+        shares = 100 * counts / max(1.0, counts.sum())
+        axes.stairs(shares, histogram["edges"], color=colour, fill=True, alpha=0.6, label=key)
+    axes.set(xlabel=label, ylabel="share of items (%)")
+    axes.legend(frameon=False)
