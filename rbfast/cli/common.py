@@ -182,10 +182,9 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device_of(args))
     device = device or (AUTO if args.device == AUTO else device_of(args))
     load_in = getattr(args, "load_in", None)
-    if load_in is not None or device == AUTO:
-        return load_student(args.model, dtype, load_in=load_in, device=device)
-    model, tokenizer = load_student(args.model, dtype)
-    return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
+    model, tokenizer = load_student(args.model, dtype, load_in=load_in, device=device)
+    is_placed = load_in is not None or device == AUTO
+    return model if is_placed else model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
 
 
 def attach_adapter(model: Any, directory: str) -> Any:
