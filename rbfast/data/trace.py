@@ -70,28 +70,24 @@ class Trace:
             _check_turns(self.turns)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
-        """The trace in a row of a file. `where` ("file:line") opens the message of a TraceError.
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Trace":
+        """The trace in a row of a file.
 
         Unknown fields are ignored. An empty optional text counts as absent. Numbers in `answer`, `id`, `domain`,
         `source` and `teacher` are converted to text.
         """
-        prefix = f"{where}: " if where else ""
         if not isinstance(fields, Mapping):
-            raise TraceError(f"{prefix}expected an object with {', '.join(_REQUIRED)}, got {show(fields)}")
+            raise TraceError(f"expected an object with {', '.join(_REQUIRED)}, got {show(fields)}")
         if missing := [field for field in _REQUIRED if field not in fields]:
             present = ", ".join(map(str, list(fields)[:20])) or "no fields"
-            raise TraceError(f"{prefix}{missing[0]}: expected this field, got {present}; rename the fields or add it")
+            raise TraceError(f"{missing[0]}: expected this field, got {present}; rename the fields or add it")
         known: dict[str, Any] = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
         known.update({field: None for field in _OPTIONAL_TEXT if known[field] == ""})
         known.update({field: text for field in MAY_BE_NUMBERS if (text := as_text(known[field])) is not None})
-        try:
-            if known["spans"] is not None:
-                known["spans"] = _parse_spans(known["spans"])
-            known["turns"] = _parse_turns(known["turns"])
-            return cls(**known)
-        except TraceError as error:
-            raise TraceError(f"{prefix}{error}") from None
+        if known["spans"] is not None:
+            known["spans"] = _parse_spans(known["spans"])
+        known["turns"] = _parse_turns(known["turns"])
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as JSON values."""
