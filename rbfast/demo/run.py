@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rbfast.demo.worked_families import split
+from rbfast.demo.worked_families import FAMILIES, split
 from rbfast.evaluation.evaluate import Result, evaluate
 from rbfast.evaluation.statistics import paired_difference
 from rbfast.grading.grade import Problem
@@ -28,7 +28,6 @@ from rbfast.training.distill import DistillConfig, distill
 from rbfast.utils.files import write_text
 from rbfast.utils.progress import counting
 
-FAMILIES = ("aiw", "word_sequence_reversal", "chain_sum", "simple_geometry", "leg_counting")
 TRAIN, HELD_OUT = 140, 48
 MAX_NEW_TOKENS = 320
 CONFIG = DistillConfig(batch_size=4, save_steps=30)

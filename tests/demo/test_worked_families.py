@@ -53,7 +53,7 @@ def test_every_step_of_arithmetic_is_right(family):
             values = {eval(side.replace("x", "*")) for side in sides}  # digits, operators and brackets only
             assert len(values) == 1, trace.reasoning
             checked += 1
-    arithmetic = {"chain_sum", "leg_counting", "simple_geometry", "complex_arithmetic", "simple_equations"}
+    arithmetic = {"chain_sum", "leg_counting", "simple_geometry"}
     assert checked > 40 or family not in arithmetic
 
 
@@ -65,13 +65,6 @@ def test_plan_is_labelled_strategic(family):
     assert trace.plan in tiny_tokenizer().decode(strategic.tolist())
 
 
-def test_only_matching_letters_are_numbered():
-    trace = next(t for t in make_traces("letter_counting", 30, seed=0) if int(t.answer) > 2)
-    letter = re.search(r'letter "(\w)"', trace.problem)[1]
-    hits = re.findall(r"(\w)(\d+)\b", trace.reasoning)
-    assert hits == [(letter, str(number)) for number in range(1, int(trace.answer) + 1)]
-
-
 def test_unknown_family_is_refused():
-    with pytest.raises(ValueError, match=r"family must be one of letter_counting, .* got 'chess'"):
+    with pytest.raises(ValueError, match=r"family must be one of aiw, .* got 'chess'"):
         make_traces("chess", 1, seed=0)
