@@ -322,7 +322,7 @@ class DistillTrainer(Trainer):
                 write_digests(final / UNFINISHED / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / UNFINISHED / name, final / name)
-                self._drop_old_checkpoints(final)
+                self._drop_old_checkpoints(final / name)
         except RuntimeError as error:
             if not any(writer in str(error) for writer in _TORCH_SAVE_ERRORS):
                 raise
@@ -338,11 +338,12 @@ class DistillTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
-    def _drop_old_checkpoints(self, folder: Path) -> None:
-        """Keeps `save_total_limit` checkpoints: the last, the best if there is one, then the newest others."""
+    def _drop_old_checkpoints(self, written: Path) -> None:
+        """Keeps `save_total_limit` checkpoints: the one just written, the best if there is one, then the newest others.
+        One just written is not the newest if the run resumed from before a damaged one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        checkpoints = checkpoints_in(folder)
-        kept = {checkpoints[-1], *(path for path in checkpoints if best is not None and path.name == Path(best).name)}
+        checkpoints = checkpoints_in(written.parent)
+        kept = {written, *(path for path in checkpoints if best is not None and path.name == Path(best).name)}
         others = [path for path in checkpoints if path not in kept]
         for path in others[: max(0, len(checkpoints) - limit)] if limit else []:
             shutil.rmtree(path)

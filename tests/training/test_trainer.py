@@ -176,9 +176,19 @@ def test_checkpoint_limit_is_kept(tmp_path: Path, limit: int, best: int | None, 
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step == best:
             trainer.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
-        trainer._drop_old_checkpoints(tmp_path)
+        trainer._drop_old_checkpoints(tmp_path / f"checkpoint-{step}")
     steps = sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
     assert steps == (kept or list(range(1, 10)))
+
+
+def test_new_checkpoint_is_kept_beside_a_later_damaged_one(tmp_path: Path) -> None:
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path, save_total_limit=2), some_examples(2))
+    for step in (30, 60, 40):  # it resumed from 30, because 60 is damaged, and now saves at other steps
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-30")
+    trainer._drop_old_checkpoints(tmp_path / "checkpoint-40")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-30", "checkpoint-40"}
 
 
 class Gradients(TrainerCallback):
