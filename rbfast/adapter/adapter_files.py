@@ -28,7 +28,7 @@ from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import stored_weight
 from rbfast.utils.files import atomic_write, write_text
-from rbfast.utils.records import from_json, to_json
+from rbfast.utils.records import check_numbers, from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
 FORMAT = "rbfast-columns"
@@ -62,6 +62,9 @@ class MatrixInfo:
     score: float | None
     experts: int | None = None
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
     @property
     def values(self) -> int:
         """The number of trained values in A and B."""
@@ -80,6 +83,9 @@ class AdapterConfig:
     seed: int
     placement: str
     modules: dict[str, MatrixInfo]
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,17 @@ def test_integer_scale_is_read_as_a_float(tmp_path):
     assert '"scale": 2,' in file.read_text()
     scale = adapter_files.read_adapter(tmp_path)[0].scale
     assert scale == 2 and isinstance(scale, float)
+
+
+def test_adapter_of_numpy_numbers_can_be_saved_and_read(tmp_path):
+    share, two = np.float32(0.25), np.int64(2)
+    attach(llama(), density=share, support=8 * two, rank=two, scale=share, seed=two).save_pretrained(tmp_path)
+    assert SparseAdapter.from_pretrained(llama(), tmp_path).config.seed == 2
+
+
+def test_seed_that_is_no_whole_number_is_refused():
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 1\.5"):
+        attach(llama(), seed=1.5)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
