@@ -249,7 +249,10 @@ def head_of(model: nn.Module) -> nn.Module | None:
 def _match_targets(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
     examples = ", ".join(list(linears)[:3])
     if isinstance(targets, str):
-        chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
+        try:
+            chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
+        except re.error as error:
+            raise ValueError(f"targets: {targets!r} is not a regex: {error}") from error
         if not chosen:
             raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
         return chosen

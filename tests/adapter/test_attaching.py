@@ -396,6 +396,7 @@ def test_delta_moved_to_another_device_returns_to_its_base(monkeypatch):
         ({"targets": ["q_proj", "query"]}, "'query' names no linear layer; they are named like model.layers.0"),
         ({"targets": ["proj"]}, "'proj' names no linear layer"),
         ({"targets": "layers.*"}, "the regex 'layers.*' matches no linear layer"),
+        ({"targets": "(("}, r"targets: '\(\(' is not a regex: missing \)"),
         ({"targets": []}, "expected at least one name"),
         ({"targets": None}, 'expected names, a regex or "all-linear", got None'),
         ({"targets": ["lm_head"]}, "the weight of lm_head is tied"),
