@@ -128,11 +128,12 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
     """A student without its weights, on the meta device, for callers that need only shapes. Names and errors as for
     `load_student`."""
     file = gguf_path(name_or_path)
-    source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with read_gguf(file) if file else _explain_load_errors(source), torch.device("meta"):
+    with read_gguf(file) if file else _explain_load_errors(name_or_path), torch.device("meta"):
         if file is None:
-            _check_folder(source)
-        config = _read_config(source, **options)
+            _check_folder(name_or_path)
+            config = _read_config(_base_of(name_or_path))
+        else:
+            config = _read_config(str(file.parent), gguf_file=file.name)
         return _auto_class(config, name_or_path).from_config(config, trust_remote_code=False)
 
 

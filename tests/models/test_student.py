@@ -282,6 +282,7 @@ def test_lora_folder_loads_its_base_and_the_lora(tmp_path):
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+    assert load_without_weights(str(tmp_path / "lora")).config.hidden_size == model.config.hidden_size
 
 
 @pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
