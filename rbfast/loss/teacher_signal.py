@@ -116,6 +116,7 @@ def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor | Non
         if count != tokens:
             raise ValueError(f"the signal has {count} rows for {tokens} tokens; say which rows it covers with rows=[N]")
         return None
+    check_tensors(**{"the rows of a signal": rows})
     if rows.shape != (count,) or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
             f"rows must be [{count}] integers, one per row of the signal, got {rows.dtype} {list(rows.shape)}"
@@ -125,6 +126,8 @@ def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor | Non
 
 def _check_dense(signal: Dense, student: Tensor) -> int:
     check_logit_settings(signal.logit_scale, signal.softcap, " of Dense")
+    parts = {f"the {name} of Dense": getattr(signal, name) for name in ("hidden", "weight", "logits", "bias")}
+    check_tensors(**{name: part for name, part in parts.items() if part is not None})
     count, bias = _check_source(signal, student), signal.bias
     if bias is not None and bias.shape != (signal.vocabulary,):
         raise ValueError(f"the bias of Dense must be [V'] = [{signal.vocabulary}], got {list(bias.shape)}")
@@ -141,7 +144,6 @@ def _check_source(signal: Dense, student: Tensor) -> int:
     hidden, weight = signal.hidden, signal.weight
     if hidden is None or weight is None:
         raise ValueError("Dense needs logits [N, V'], or both hidden [N, H'] and weight [V', H']")
-    check_tensors(**{"the hidden of Dense": hidden, "the weight of Dense": weight})
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"Dense needs hidden [N, H'] and weight [V', H'], got {list(hidden.shape)}, {list(weight.shape)}"
