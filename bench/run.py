@@ -26,7 +26,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 
 def main(argv: list[str]) -> int:
-    ours, _, to_pytest = (argv, [], []) if "--" not in argv else _split(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    ours, to_pytest = argv[:at], argv[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="groups, or parts of names; all of them if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -45,11 +46,6 @@ def main(argv: list[str]) -> int:
 
         return profiling.main(args.cases, args.device, args.toy, args.kernels)
     return pytest.main(_pytest_arguments(args) + to_pytest)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    at = argv.index("--")
-    return argv[:at], ["--"], argv[at + 1 :]
 
 
 def _import_all(device: str) -> None:
