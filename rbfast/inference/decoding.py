@@ -102,7 +102,7 @@ def encode_prompts(
     encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     if not all(encoded):
         raise ValueError(f"every prompt needs at least one token, got {prompts[encoded.index([])]!r}")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(

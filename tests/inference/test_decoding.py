@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import attach, disturb, family
+from tiny_models import attach, disturb, family, vision_model
 
 from rbfast.inference.decoding import Completion, complete, evaluating
 from rbfast.inference.guide import Guide, Limits
@@ -46,6 +46,14 @@ def test_batched_decoding_matches_each_prompt_alone(model, batch_size):
     assert completions == [
         Completion(tokenizer.decode(w, skip_special_tokens=True), len(w), w[-1] not in STOPS) for w in expected
     ]
+
+
+@pytest.mark.parametrize("make", [tiny_model, vision_model])
+def test_completion_beyond_the_model_positions_is_refused(make):
+    model = make()
+    model.config.get_text_config().max_position_embeddings = 256
+    with pytest.raises(ValueError, match="the longest prompt has 200 tokens and 57 more were requested"):
+        complete(model, tiny_tokenizer(), ["x" * 200, "y"], max_new_tokens=57)
 
 
 def test_head_gets_contiguous_rows(model):
