@@ -252,15 +252,8 @@ def decode(
     left, pad = max_new_tokens, settings["pad_token_id"]
     batch = _prefilled(model, prompts, pad, copies)
     while len(batch.ids) and left > 0:
-        with _without_padding_warning(batch):
-            output = _generate(
-                model,
-                batch,
-                settings,
-                left,
-                stopping_criteria=StoppingCriteriaList([steering]),
-                logits_processor=steering.processors(),
-            )
+        steered = {"stopping_criteria": StoppingCriteriaList([steering]), "logits_processor": steering.processors()}
+        output = _generate(model, batch, settings, left, **steered)
         new = output.sequences[:, batch.ids.shape[1] :]
         left -= new.shape[1]
         batch.ids = output.sequences
@@ -280,9 +273,10 @@ def _generate(
     model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, **others: Any
 ) -> Any:
     config = GenerationConfig(**settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
-    return _without_own_generation_config(model).generate(
-        batch.ids, attention_mask=batch.mask, generation_config=config, **batch.given(), **others
-    )
+    with _without_padding_warning(batch):
+        return _without_own_generation_config(model).generate(
+            batch.ids, attention_mask=batch.mask, generation_config=config, **batch.given(), **others
+        )
 
 
 def _without_own_generation_config(model: PreTrainedModel) -> Any:
@@ -303,7 +297,7 @@ def _without_padding_warning(batch: CachedBatch) -> Iterator[None]:
     """Suppress `generate`'s warning about right padding if some rows end in masked tokens.
 
     Steering masks struck tokens. `given` sets the positions, and the next tokens are forced, so nothing depends on
-    them.
+    them. A prompt of one token is all padding while the longer ones are read without their last token.
     """
     if bool(batch.mask[:, -1].all()):
         yield

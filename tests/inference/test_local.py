@@ -181,12 +181,13 @@ def test_recurrent_model_can_be_probed():
     assert any(solution.probe_tokens for [solution] in together)
 
 
-def test_struck_text_causes_no_padding_warning(model, caplog):
+def test_struck_text_and_prompts_of_one_token_cause_no_padding_warning(model, caplog):
     log = logging.getLogger("transformers.generation.utils")
     log.addHandler(caplog.handler)
     try:
         solutions = guided(model, TOKENIZER, PROMPTS, guide(), batch_size=8)
         assert any(event.struck for [solution] in solutions for event in solution.events)
+        guided(model, TOKENIZER, ["a", "longer"], Guide.plain(2), Sampling(samples=2, temperature=1.0))
         assert "right-padding" not in caplog.text
         ids = torch.full((2, 3), 5)
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), pad_token_id=1, max_new_tokens=1)
