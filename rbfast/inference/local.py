@@ -25,7 +25,7 @@ from rbfast.data.instruction import Instruction
 from rbfast.inference.decoding import batches_by_length, decode, encode_prompts, evaluating, greedy_settings
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
-from rbfast.inference.steering import GuidedSteering, SampleGroup, Sampler
+from rbfast.inference.steering import GuidedSteering, SampleGroup
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
 
@@ -55,7 +55,6 @@ def guided(
     vocabulary = Vocabulary(tokenizer, guide, settings["eos_token_id"])
     encoded = encode_prompts(model, tokenizer, prompts, guide.limits.budget)
     names, copies = _names(sampling, len(prompts)), sampling.samples
-    sampler = None if sampling.temperature == 0 else Sampler(sampling.temperature, sampling.top_p)
     states: dict[int, list[TokenState]] = {}
     with evaluating(model):
         for batch in batches_by_length(encoded, max(1, batch_size // copies)):
@@ -73,7 +72,7 @@ def guided(
                     [states[i][copy] for i, copy in rows],
                     names=[names[i][copy] for i, copy in rows],
                     groups=[groups[i] for i, _ in rows],
-                    sampler=sampler,
+                    sampling=sampling,
                     measures_entropy=guide.limits.verify_above is not None,
                 )
                 ids = [encoded[i] for i in batch]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,37 +11,25 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rbfast.inference.decoding import CachedBatch, Steering, continuation
+from rbfast.inference.solver import Sampling, seed_named
 from rbfast.inference.tokens import TokenState
 from rbfast.inference.vote import decided
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Draws tokens. A draw depends only on its row's name, which contains the seed, and step: not on other rows."""
-
-    temperature: float
-    top_p: float
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {self.temperature}, {self.top_p}")
-
-    def draw(self, scores: torch.Tensor, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
-        """Draw a token for each row of `scores` [rows, V]; returns [rows]."""
-        chances, tokens = torch.softmax(scores.double() / self.temperature, dim=-1), None
-        if self.top_p < 1:  # sorting a whole vocabulary may take longer than the model
-            chances, tokens = chances.sort(descending=True, stable=True)
-            # The smallest set of tokens whose mass reaches top_p; the first is always in it.
-            chances[(chances.cumsum(-1) - chances) >= self.top_p] = 0.0
-        mass = chances.cumsum(-1)
-        draws = [self._uniform(f"{name}:{step}") for name, step in zip(names, steps, strict=True)]
-        wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
-        drawn = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
-        return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
-
-    @staticmethod
-    def _uniform(name: str) -> float:
-        return (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 11) / 2**53
+def draw(scores: torch.Tensor, sampling: Sampling, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
+    """Draw a token for each row of `scores` [rows, V]; returns [rows]. A draw depends only on its row's name, which
+    contains the seed, and step: not on other rows."""
+    chances, tokens = torch.softmax(scores.double() / sampling.temperature, dim=-1), None
+    if sampling.top_p < 1:  # sorting a whole vocabulary may take longer than the model
+        chances, tokens = chances.sort(descending=True, stable=True)
+        # The smallest set of tokens whose mass reaches top_p; the first is always in it.
+        chances[(chances.cumsum(-1) - chances) >= sampling.top_p] = 0.0
+    mass = chances.cumsum(-1)
+    # Uniform in [0, 1).
+    draws = [(seed_named(f"{name}:{step}") >> 11) / 2**53 for name, step in zip(names, steps, strict=True)]
+    wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
+    drawn = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 @dataclass
@@ -65,7 +52,7 @@ class GuidedSteering(Steering):
     """Steers each row of a batch by its own `TokenState`.
 
     Args:
-        names: the rows' names, which seed the sampler.
+        names: the rows' names, which seed the draws.
         groups: for each row, the samples that it votes with; None for a row that is never abandoned.
         measures_entropy: whether to compute the entropy at each token, for `verify_above`.
     """
@@ -78,13 +65,13 @@ class GuidedSteering(Steering):
         *,
         names: Sequence[str],
         groups: Sequence[SampleGroup | None],
-        sampler: Sampler | None = None,
-        measures_entropy: bool = False,
+        sampling: Sampling,
+        measures_entropy: bool,
     ):
         super().__init__(len(states), settings["eos_token_id"], model.device)
         self.model, self.settings = model, settings
         self.states, self.names, self.groups = list(states), list(names), list(groups)
-        self.sampler, self.measures_entropy = sampler, measures_entropy
+        self.sampling, self.measures_entropy = sampling, measures_entropy
         self.entropies: list[float | None] = [None] * len(states)
         self.struck = [0] * len(states)
         self.ended = torch.tensor([state.done for state in states], device=model.device)
@@ -97,9 +84,9 @@ class GuidedSteering(Steering):
         if self.measures_entropy:
             self.entropies = list(entropy(scores).tolist())
         forced = {i: state.queue[0] for i, state in enumerate(self.states) if state.queue}
-        if self.sampler is not None:
-            drawn = self.sampler.draw(scores, self.names, [state.written for state in self.states]).tolist()
-            forced = dict(enumerate(drawn)) | forced
+        if self.sampling.temperature > 0:
+            drawn = draw(scores, self.sampling, self.names, [state.written for state in self.states])
+            forced = dict(enumerate(drawn.tolist())) | forced
         for i, token in forced.items():
             scores[i] = -math.inf
             scores[i, token] = 0.0

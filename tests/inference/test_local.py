@@ -16,7 +16,7 @@ from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver, guided
 from rbfast.inference.solver import Sampling, calibrate
-from rbfast.inference.steering import Sampler, entropy
+from rbfast.inference.steering import draw, entropy
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
@@ -98,7 +98,7 @@ def test_rows_never_affect_each_other(model):
 class Scripted:
     """Draws adversarial text that was written for a row, whatever the model predicts."""
 
-    def __init__(self, temperature, top_p):
+    def __init__(self):
         source = random.Random(0)
         texts = ["".join(source.choices(HARMFUL, k=60)) for _ in PROMPTS]
         texts[1] = "round and "
@@ -109,7 +109,7 @@ class Scripted:
         stream = self.streams[row]
         return stream[step % len(stream)]
 
-    def draw(self, scores, names, steps):
+    def draw(self, scores, sampling, names, steps):
         rows = (int(name.split(":")[1]) for name in names)
         return torch.tensor([self.token(row, step) for row, step in zip(rows, steps, strict=True)])
 
@@ -137,7 +137,8 @@ HARMFUL = [
 
 @pytest.mark.parametrize("probe_every", [0, 20])
 def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_every):
-    monkeypatch.setattr("rbfast.inference.local.Sampler", Scripted)
+    script = Scripted()
+    monkeypatch.setattr("rbfast.inference.steering.draw", script.draw)
     probing = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
     together = guided(model, TOKENIZER, PROMPTS, probing, Sampling(temperature=1.0))
     assert {e.kind for [s] in together for e in s.events} >= {WAIT, WRAP_UP, "other approach"}
@@ -147,7 +148,7 @@ def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_ever
         assert any(solution.probe_tokens for [solution] in together)
         return
     # The batch is the state machine of each row alone.
-    vocabulary, script = Vocabulary(TOKENIZER, probing, STOPS), Scripted(1.0, 1.0)
+    vocabulary = Vocabulary(TOKENIZER, probing, STOPS)
     for number, [solution] in enumerate(together):
         row = TokenState(probing, vocabulary)
         while not row.done:
@@ -253,17 +254,14 @@ def test_samples_after_a_decided_vote_are_not_written(model, monkeypatch):
 
 def test_draws_follow_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -math.inf]])
-    draw = lambda sampler, i: sampler.draw(scores, ["row"], [i]).item()  # noqa: E731
+    draws = lambda n, **settings: [draw(scores, Sampling(**settings), ["row"], [i]).item() for i in range(n)]  # noqa: E731
     n = 4000
-    counts = torch.bincount(torch.tensor([draw(Sampler(2.0, 1.0), i) for i in range(n)]), minlength=4) / n
+    counts = torch.bincount(torch.tensor(draws(n, temperature=2.0)), minlength=4) / n
     expected = torch.softmax(scores[0] / 2, -1)
     # Five binomial standard errors.
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
-    nucleus = {draw(Sampler(1.0, 0.7), i) for i in range(200)}
-    assert nucleus == {0, 1}  # the first holds 0.665 of the mass, so 0.7 takes two
-    assert {draw(Sampler(1.0, 0.6), i) for i in range(200)} == {0}
-    with pytest.raises(ValueError, match="temperature must be above 0"):
-        Sampler(0.0, 1.0)
+    assert {*draws(200, temperature=1.0, top_p=0.7)} == {0, 1}  # the first holds 0.665 of the mass, so 0.7 takes two
+    assert {*draws(200, temperature=1.0, top_p=0.6)} == {0}
 
 
 def test_decided_vote_abandons_the_rest(model, monkeypatch):
