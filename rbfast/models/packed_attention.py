@@ -160,7 +160,7 @@ def _attend(
         raise NotPackable(f"{type(module).__name__} builds its own attention mask")
     if kwargs.get("position_bias") is not None:
         raise NotPackable(f"{type(module).__name__} adds its own bias to the scores")
-    if packing.on_device is not None and not dropout and _suits_flash(query):
+    if packing.on_device is not None and not dropout and _suits_flash(query, value):
         return _attend_varlen(query, key, value, packing, scaling), None
     parts = [
         _attend_alone(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], dropout, scaling)
@@ -186,8 +186,9 @@ def _attend_alone(query: Tensor, key: Tensor, value: Tensor, dropout: float, sca
     return attended[0, :, :rows].transpose(0, 1)
 
 
-def _suits_flash(query: Tensor) -> bool:
-    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+def _suits_flash(query: Tensor, value: Tensor) -> bool:
+    size = query.shape[-1]  # of a head; DeepSeek's values have another
+    return query.dtype in (torch.float16, torch.bfloat16) and size <= 256 and size % 8 == 0 and value.shape[-1] == size
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:

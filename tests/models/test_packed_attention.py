@@ -64,7 +64,7 @@ def flash_calls():
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, debug, **options):
         check(q, (cu_q, cu_k), (max_q, max_k), options)
-        assert is_causal and dropout == 0
+        assert is_causal and dropout == 0 and v.shape == k.shape
         calls.append("forward")
         empty = torch.empty(0, dtype=torch.uint64)
         return attend(q, k, v, cu_q), q.new_empty(q.shape[1], q.shape[0]).float(), empty, empty, q.new_empty(0)
@@ -185,7 +185,14 @@ def test_dropout_uses_the_attention_that_supports_it(flash_calls):
 
 def test_flash_takes_heads_of_suitable_sizes_only():
     heads = {size: torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (8, 12, 256, 264)}
-    assert [size for size, query in heads.items() if packed_attention._suits_flash(query)] == [8, 256]
+    assert [size for size, query in heads.items() if packed_attention._suits_flash(query, query)] == [8, 256]
+
+
+def test_model_whose_values_have_another_size_attends_one_example_at_a_time(monkeypatch, flash_calls):
+    model = tiny("deepseek_v3").to(torch.bfloat16)
+    assert model.config.v_head_dim < model.config.qk_nope_head_dim + model.config.qk_rope_head_dim
+    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
+    assert packs(model) and not flash_calls
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
