@@ -152,11 +152,12 @@ if [ -n "$capability" ]; then  # everything that is not timed, in parallel
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
   not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
 print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and ")')
-  mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'cuda\.is_available\|cuda_devices' tests)
+  mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'not torch\.cuda\.is_available\|cuda_devices' tests)
   beside tests 90 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
   beside smoke 90 "$PYTHON" bench/smoke.py
   if command -v compute-sanitizer >/dev/null; then
-    small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme)"
+    small="(test_any_strides or test_empty or test_activations or test_matrices or test_supports or test_no_rows or \
+test_bits or test_extreme)"
     for tool in memcheck racecheck; do
       # Without torch's caching allocator, in which a read past a tensor lands in the next one and goes unnoticed.
       beside "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \

@@ -142,6 +142,16 @@ def test_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None
     assert len(json.loads((tmp_path / "gpu.json").read_text())["cases"]) == 40
 
 
+def test_gpu_script_runs_the_tests_that_need_a_gpu_and_no_others() -> None:
+    """Others would take its minutes, and run on a device that they do not expect."""
+    (search,) = (line for line in (ROOT / "bench/gpu.sh").read_text().splitlines() if "mapfile -t on_gpu" in line)
+    listing = search + "; printf '%s\\n' \"${on_gpu[@]}\""
+    found = subprocess.run(["bash", "-c", listing], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = ("cuda", "cuda_columns", "cuda_rows", "grouped", "triton")
+    wanted = {"tests/models/test_packed_attention.py", *(f"tests/ops/test_{name}.py" for name in names)}
+    assert set(found.splitlines()) == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")
