@@ -192,8 +192,9 @@ def _suits_flash(query: Tensor, value: Tensor) -> bool:
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    flash, cuts, longest = _flash_op(), packing.on_device, packing.longest
-    assert flash is not None
+    flash, longest = _flash_op(), packing.longest
+    assert flash is not None and packing.on_device is not None
+    cuts = packing.on_device.to(query.device)  # a spread model has layers on other devices than its input
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = {"is_causal": True, "window_size_left": -1, "window_size_right": 0}
     options = {"dropout_p": 0.0, "return_debug_mask": False, "scale": scaling}

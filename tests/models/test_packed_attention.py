@@ -206,6 +206,20 @@ def test_flash_op_of_torch_accepts_packed_rows(heads):
     assert attended.shape == (1, 25, 4, 8) and key.grad.shape == key.shape and query.grad.shape == query.shape
 
 
+def test_examples_are_cut_on_the_device_of_the_layer(monkeypatch):
+    """A model that is spread over several GPUs has layers on other devices than its input."""
+    devices = []
+
+    def flash(*given, **_):
+        devices.extend(x.device.type for x in given[:5])
+        return given
+
+    monkeypatch.setattr(packed_attention, "_flash_op", lambda: flash)
+    query, cuts = torch.empty(1, 4, 25, 8, device="meta"), [0, 7, 8, 20, 25]
+    packed_attention._attend_varlen(query, query, query, Packing(cuts, torch.tensor(cuts)), SCALE)
+    assert devices == ["meta"] * 5
+
+
 def test_flash_op_with_another_signature_is_not_called(monkeypatch):
     monkeypatch.setattr(packed_attention, "_FLASH_TAKES", "query key value")
     packed_attention._flash_op.cache_clear()
