@@ -83,13 +83,13 @@ class GuidedSteering(Steering):
         """Edit the logits [rows, V] in place, so that a forced or drawn token is the only possible one in its row."""
         if self.measures_entropy:
             self.entropies = list(entropy(scores).tolist())
-        forced = {i: state.queue[0] for i, state in enumerate(self.states) if state.queue}
         if self.sampling.temperature > 0:
             drawn = draw(scores, self.sampling, self.names, [state.written for state in self.states])
-            forced = dict(enumerate(drawn.tolist())) | forced
-        for i, token in forced.items():
-            scores[i] = -math.inf
-            scores[i, token] = 0.0
+            scores.fill_(-math.inf).scatter_(1, drawn[:, None], 0.0)
+        for i, state in enumerate(self.states):
+            if state.queue:
+                scores[i] = -math.inf
+                scores[i, state.queue[0]] = 0.0
         return scores
 
     def see(self, tokens: torch.Tensor) -> None:

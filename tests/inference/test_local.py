@@ -3,10 +3,12 @@
 import logging
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from guides import make_guide
+from host_waits import host_waits
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import family
 
@@ -16,7 +18,7 @@ from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver, guided
 from rbfast.inference.solver import Sampling, calibrate
-from rbfast.inference.steering import draw, entropy
+from rbfast.inference.steering import GuidedSteering, draw, entropy
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
@@ -250,6 +252,29 @@ def test_samples_after_a_decided_vote_are_not_written(model, monkeypatch):
     [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=9, temperature=1.5), batch_size=2)
     assert [solution.abandoned for solution in samples[:4]] == [False] * 4
     assert samples[6].abandoned and all((s.tokens, s.text) == (0, "") for s in samples[6:])
+
+
+def test_drawing_takes_as_many_launches_for_many_rows_as_for_few(monkeypatch):
+    """On a GPU two launches for each row would take longer than the draw."""
+
+    def launches(rows):
+        states = [SimpleNamespace(done=False, queue=[5] if row == 1 else [], written=3) for row in range(rows)]
+        steering = GuidedSteering(
+            SimpleNamespace(device=torch.device("cpu")),
+            {"eos_token_id": [0]},
+            states,
+            names=list(map(str, range(rows))),
+            groups=[None] * rows,
+            sampling=Sampling(temperature=1.0),
+            measures_entropy=False,
+        )
+        with host_waits(monkeypatch) as waits:
+            chosen = steering.choose(torch.randn(rows, 50))
+        assert ((chosen == 0).sum(1) == 1).all() and ((chosen == -torch.inf).sum(1) == 49).all()
+        assert chosen[1, 5] == 0 and not waits.found
+        return waits.launches
+
+    assert launches(20) == launches(2)
 
 
 def test_draws_follow_the_distribution():
