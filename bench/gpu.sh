@@ -132,7 +132,7 @@ if [ -n "$capability" ]; then
   if [ "${1:-}" = --no-build ] || is_built; then
     echo "== build: skipped, $(ls rbfast/_C_cuda*.so)"
   else
-    section build 120 "$PYTHON" setup.py build_ext --inplace
+    section build 180 "$PYTHON" setup.py build_ext --inplace
   fi
   size=() page=docs/gpu.md
 else
@@ -149,11 +149,11 @@ prepare kernels --device cuda "${size[@]}" --kernels 12 "four 7B" "top-k frozen"
 
 if [ -n "$capability" ]; then  # everything that is not timed, in parallel
   start=$SECONDS
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8) || workers=()
   not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
 print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and ")')
   mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'not torch\.cuda\.is_available\|cuda_devices' tests)
-  beside tests 90 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
+  beside tests 120 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
   beside smoke 90 "$PYTHON" bench/smoke.py
   if command -v compute-sanitizer >/dev/null; then
     small="(test_any_strides or test_empty or test_activations or test_matrices or test_supports or test_no_rows or \
