@@ -10,9 +10,10 @@ The format of a row depends on that row alone. docs/formats.md lists the formats
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from rbfast.data.answers import (
     answer_text,
@@ -50,6 +51,7 @@ _NATIVE = ("problem", "reasoning", "answer")
 # A bare value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
 _BARE = re.compile(r"(?=.*\d)(?:\S{0,80}[^\s.]|[\[(][^\[\]()\n]{1,80}[\])])|[A-J]+|True|False|Yes|No")
 _COPIED_FIELDS = (*END_FIELDS, "truncated")
+_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,18 @@ class Interpretation:
     rows: list[Mapping[str, Any]]
 
 
+def _refuse_deep_rows(read: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    @wraps(read)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return read(*args, **kwargs)
+        except RecursionError:
+            raise TraceError("the row is nested too deep to be read") from None
+
+    return call
+
+
+@_refuse_deep_rows
 def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     """The traces in a row, as mappings with the fields of a trace. `Trace` checks their values.
 
@@ -289,6 +303,7 @@ def _is_question(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str)
 
 
+@_refuse_deep_rows
 def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them. No reply is needed.
 

@@ -314,3 +314,13 @@ def test_row_with_an_image_video_or_sound_is_refused(field: str) -> None:
     for empty in (None, "", [], {}, False, 0, math.nan, "None", [None], [""], {"bytes": None, "path": ""}):
         assert interpret(row | {field: empty}).rows == interpret(row).rows
         assert question_of(question | {field: empty}) == question_of(question)
+
+
+@pytest.mark.parametrize("read", [interpret, question_of])
+def test_row_nested_too_deep_is_refused(read):
+    deep = "Add."
+    for _ in range(5000):
+        deep = [{"type": "text", "content": deep}]
+    row = {"messages": [{"role": "user", "content": deep}, {"role": "assistant", "content": "<answer>1</answer>"}]}
+    with pytest.raises(TraceError, match="nested too deep"):
+        read(row)
