@@ -15,12 +15,13 @@ _SHORT, _LONG = 8, 16  # tokens of the two texts whose cache is measured
 class _PreallocatedLayer(DynamicLayer):
     """A cache layer with preallocated room.
 
-    `DynamicLayer` copies the whole cache at every token. On a CPU that costs more than the model's matrix products.
+    `DynamicLayer` copies the whole cache at every token. On a CPU that costs more than the model's matrix products. The
+    room grows by a share: torch keeps the memory that a GPU has freed, and a block of every 64 tokens would add up to
+    many times the cache.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    spare = 64
     room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -33,7 +34,7 @@ class _PreallocatedLayer(DynamicLayer):
         if self.room is None or total > self.room[0].shape[-2]:
             grown = []
             for past, new in ((self.keys, key_states), (self.values, value_states)):
-                grown.append(new.new_empty(*new.shape[:2], total + self.spare, new.shape[-1]))
+                grown.append(new.new_empty(*new.shape[:2], total + max(64, total // 4), new.shape[-1]))
                 if length:
                     grown[-1][:, :, :length] = past
             self.room = grown[0], grown[1]
