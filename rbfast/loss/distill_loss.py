@@ -132,8 +132,9 @@ class DistillLoss(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values that do not fit; the message says which.
         """
-        optional = {name: x for name, x in (("head_bias", head_bias), ("rows", rows)) if x is not None}
-        check_tensors(hidden=hidden, head_weight=head_weight, labels=labels, **optional)
+        check_tensors(hidden=hidden, head_weight=head_weight, labels=labels)
+        if head_bias is not None:
+            check_tensors(head_bias=head_bias)
         if not torch.is_grad_enabled():  # do not compute gradients that nobody will use
             hidden, head_weight = hidden.detach(), head_weight.detach()
             head_bias = None if head_bias is None else head_bias.detach()

@@ -41,8 +41,9 @@ class ActiveRows(NamedTuple):
 
 def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> ActiveRows:
     """The groups of rows [n] that are known to take part and include all rows of the signals. Reads nothing back."""
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows must be int64 [n], the rows that take part, got {got}")
     size = rows.shape[0]
     if not signals or (len(signals) == 1 and signals[0].rows is None):
         order = None if size == tokens else rows

@@ -81,7 +81,7 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
         (lambda g: {"head_weight": torch.nn.Linear(8, 11)}, "head_weight must be a tensor, got Linear"),
         (lambda g: {"labels": g["labels"].tolist()}, "labels must be a tensor, got list"),
         (lambda g: {"head_bias": [0.0] * 11}, "head_bias must be a tensor, got list"),
-        (lambda g: {"rows": [0, 1]}, "rows must be a tensor, got list"),
+        (lambda g: {"rows": [0, 1]}, r"rows must be int64 \[n\], .* got list"),
         (lambda g: {"kl_weight": torch.ones(4)}, "kl_weight must be a float"),
         (lambda g: {"kl_weight": [1.0] * 5}, r"kl_weight must be a float or a tensor \[T\] = \[5\], got list"),
         (lambda g: {"kl_weight": math.nan}, "kl_weight must be finite"),
