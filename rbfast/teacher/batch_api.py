@@ -110,13 +110,13 @@ def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
         time.sleep(_POLL)
 
 
-def parse_line(line: str | bytes, key: str, where: str, teacher: Server | Provider) -> dict[str, Any]:
+def parse_line(line: bytes, key: str, where: str, teacher: Server | Provider) -> dict[str, Any]:
     """The object in a line of a batch's results. Raises ServerError if it has no `key`."""
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict) or not isinstance(parsed.get(key), str):
-        text = line if isinstance(line, str) else line.decode("utf-8", "replace")
-        raise ServerError(f"{where}: expected a JSON object with {key}, got {teacher.hide(text)[:200]!r}")
+        text = teacher.hide(line.decode("utf-8", "replace"))
+        raise ServerError(f"{where}: expected a JSON object with {key}, got {text[:200]!r}")
     return parsed

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -125,6 +126,21 @@ def call_with_retries(retried: Retries, retries: int, attempt: Callable[[], _Res
         raise ServerError(str(error), error.status, pause=error.pause) from None
     finally:
         retried.mark_done()
+
+
+def downloaded_lines(teacher: RequestSettings, download: Callable[[IO[bytes]], None]) -> Iterator[bytes]:
+    """The lines that `download` writes to a file, without blank ones. The file is on disk: it may not fit in memory.
+    Retries as `call_with_retries` does."""
+    with TemporaryFile() as file:
+
+        def attempt() -> None:
+            file.seek(0)
+            file.truncate()
+            download(file)
+
+        call_with_retries(teacher.retried, teacher.retries, attempt)
+        file.seek(0)
+        yield from filter(bytes.strip, file)
 
 
 def pause_after(failures: int) -> float:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from rbfast.teacher.client import CONNECTING, SHOWN, IncompleteReply, ServerError, call_with_retries, is_busy
+from rbfast.teacher.client import (
+    CONNECTING,
+    SHOWN,
+    IncompleteReply,
+    ServerError,
+    call_with_retries,
+    downloaded_lines,
+    is_busy,
+)
 from rbfast.teacher.providers import Provider, pause_in
 
 if TYPE_CHECKING:
@@ -89,19 +96,13 @@ class ProviderRequests:
         return (own.scheme, own.host, own.port) == (other.scheme, other.host, other.port)
 
     def lines(self, url: str) -> Iterator[bytes]:
-        """The lines of a file. It is downloaded to disk first: it may be large, and the download may need retries."""
-        with TemporaryFile() as file:
+        """The lines of a file; see `downloaded_lines`."""
 
-            def download() -> None:
-                file.seek(0)
-                file.truncate()
-                with self._reply("GET", url) as response:
-                    for data in response.iter_bytes():
-                        file.write(data)
+        def download(file: IO[bytes]) -> None:
+            with self._reply("GET", url) as response:
+                file.writelines(response.iter_bytes())
 
-            self._with_retries(download)
-            file.seek(0)
-            yield from filter(bytes.strip, file)
+        return downloaded_lines(self._provider, download)
 
     def _with_retries(self, attempt: Callable[[], _Result]) -> _Result:
         return call_with_retries(self._provider.retried, self._provider.retries, attempt)

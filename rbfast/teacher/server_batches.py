@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from importlib import import_module
+from typing import IO, Any
 
 from rbfast.teacher.batch_api import BatchStatus, Report, Request, Result, parse_line
-from rbfast.teacher.client import IncompleteReply, Server, ServerError, is_busy
+from rbfast.teacher.client import IncompleteReply, Server, ServerError, downloaded_lines, is_busy
 from rbfast.teacher.jobs import CHAT, Job
 
 _RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
@@ -78,8 +80,16 @@ class ServerBatches:
 
     def _lines(self, state: BatchStatus) -> Iterator[dict[str, Any]]:
         server = self.teacher
-        for file in filter(None, (state.response.output_file_id, state.response.error_file_id)):
-            with server.translated_errors(f"/files/{file}/content"):
-                text = server.client().files.content(file, extra_headers=server.headers()).text
-            for line in filter(str.strip, text.split("\n")):
-                yield parse_line(line, "custom_id", f"{server.url}/files/{file}", server)
+        for name in filter(None, (state.response.output_file_id, state.response.error_file_id)):
+            for line in downloaded_lines(server, partial(self._download, name)):
+                yield parse_line(line, "custom_id", f"{server.url}/files/{name}", server)
+
+    def _download(self, name: str, file: IO[bytes]) -> None:
+        server = self.teacher
+        content = server.client().files.with_streaming_response.content(name, extra_headers=server.headers())
+        with server.translated_errors(f"/files/{name}/content"), content as response:
+            http = import_module(type(response.http_response).__module__.partition(".")[0])  # httpx, or httpx2
+            try:
+                file.writelines(response.iter_bytes())
+            except http.TransportError as error:  # the SDK neither retries nor translates it
+                raise IncompleteReply(f"{server.url}/files/{name} broke off: {type(error).__name__}: {error}") from None

@@ -67,11 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.title(): value for name, value in self.headers.items()}
         answer = self.api.answer(Request(self.command, self.path, headers, data))
         content = answer.content if isinstance(answer.content, str) else json.dumps(answer.content)
-        headers = {"Content-Type": "application/json"} | answer.headers
+        headers = {"Content-Type": "application/json", "Content-Length": len(content.encode())} | answer.headers
         self.send_response(answer.status)
         for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content.encode())))
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(content.encode())
 

@@ -1,8 +1,11 @@
 """Questions sent through a batch API: each reply is paid for once, despite kills, refusals and expiry."""
 
 import json
+import threading
 import time
+import tracemalloc
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,9 @@ from fake_api import Answer, answering, chat_reply
 from questions import QUESTIONS, solve
 
 from rbfast.cli.main import main
-from rbfast.teacher.client import ServerError
+from rbfast.teacher.batch import batches_of
+from rbfast.teacher.batch_api import BatchStatus
+from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.solutions import teach
 
 
@@ -230,6 +235,49 @@ def test_server_without_batches_is_reported(tmp_path):
     absent = Answer({"error": {"message": "no such path"}}, 404)
     with answering(absent) as api, pytest.raises(ServerError, match=r"/files returned 404: .*no such path"):
         in_batches(api, tmp_path)
+
+
+def test_results_that_break_off_are_downloaded_again(tmp_path):
+    with answering(Batches(solved)) as api:
+        answer, faults = api.answer, [Answer, Answer]
+
+        def breaking(request):
+            found = answer(request)
+            if request.path.endswith("/content") and faults:
+                faults.pop()
+                return Answer(found.content[: len(found.content) // 2], headers={"Content-Length": len(found.content)})
+            return found
+
+        api.answer = breaking
+        assert len(in_batches(api, tmp_path).traces) == 4 and not faults and len(created(api)) == 1
+
+
+def test_results_are_not_held_in_memory():
+    line, count = json.dumps({"custom_id": "x" * 2**20}).encode() + b"\n", 64
+
+    class Results(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(count * len(line)))
+            self.end_headers()
+            for _ in range(count):
+                self.wfile.write(line)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Results) as http:
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        api = batches_of(Server(f"http://127.0.0.1:{http.server_port}/v1", "m"))
+        ended = BatchStatus("b", "completed", True, response=SimpleNamespace(output_file_id="f", error_file_id=None))
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in api.results(ended)) == count
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            http.shutdown()
+    assert peak < count * len(line) / 4
 
 
 def test_batch_of_another_server_is_refused(tmp_path):
