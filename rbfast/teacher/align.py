@@ -79,9 +79,18 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None
     return spelled
 
 
-def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
+def ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
     """The id of each token's bytes: the first of several tokens with the same bytes, but `3` before `<0x33>`, which a
     tokenizer uses only for characters without a token."""
+    return _ids_of(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)  # as for `_spelled`
+def _ids_of(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[bytes, int]:
+    return _ids_by_bytes(token_bytes(tokenizer))
+
+
+def _ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
     ids: dict[bytes, int] = {}
     for number, written in enumerate(tokens):
         if written and (written not in ids or isinstance(tokens[ids[written]], _LoneByte)):
@@ -91,7 +100,7 @@ def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
 
 def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None], size: int) -> np.ndarray:
     """int64 [size]: for each id of the teacher, the student's id with the same bytes, else -1."""
-    by_bytes = ids_by_bytes(student)
+    by_bytes = _ids_by_bytes(student)
     mapped = np.full(size, -1, dtype=np.int64)
     for number, written in enumerate(teacher):
         if written:

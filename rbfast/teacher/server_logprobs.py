@@ -184,7 +184,7 @@ class _Reader:
         self.scorer = PromptScorer(server, k, dialect)
         self.tokenizer, self.width, self.align = tokenizer, width, align
         self.tokens = token_bytes(tokenizer)
-        self.ids = ids_by_bytes(self.tokens)
+        self.ids = ids_by_bytes(tokenizer)
 
     def read(self, task: PendingTrace) -> _Result:
         """(rows, ids, logprobs) for `SignalStore.add`, or why there are none: a text, or a ServerError if the server
@@ -312,7 +312,7 @@ def add_reply_logprobs(
     tasks, refused = pending_traces([trace], tokenizer, store, 2**31, instruction)
     if not tasks:
         return refused[0][1] if refused else None
-    [task], tokens = tasks, token_bytes(tokenizer)
+    [task] = tasks
     pieces = [  # bytes as Latin-1, as in `ChatReply`
         Piece(token.encode("latin-1"), [(other.encode("latin-1"), value) for other, value in top])
         for token, top in reply["logprobs"]
@@ -333,7 +333,7 @@ def add_reply_logprobs(
         return str(error)
     rows = [
         (task.first + row.token, row.ids, row.logprobs)
-        for row in align(ours, theirs, pieces, ids_by_bytes(tokens))
+        for row in align(ours, theirs, pieces, ids_by_bytes(tokenizer))
         if opening <= ours[row.token][0] and ours[row.token][1] <= opening + shared
     ]
     if not rows:

@@ -61,13 +61,21 @@ def test_ids_map_by_bytes_between_tokenizer_kinds():
     shared = [n for n in range(len(teacher)) if mapped[n] >= 0]
     assert len(shared) >= 256 and all(student[mapped[n]] == teacher[n] for n in shared)
     assert mapped[-3:].tolist() == [-1] * 3
-    assert ids_by_bytes(student)[b"\n"] == mapped[teacher.index(b"\n")]
+    assert ids_by_bytes(TOKENIZERS["byte level"])[b"\n"] == mapped[teacher.index(b"\n")]
+
+
+def test_vocabulary_is_indexed_once_for_all_replies():
+    tokenizer = byte_level(TEXT)
+    ids = ids_by_bytes(tokenizer)
+    assert ids_by_bytes(tokenizer) is ids and b"<new>" not in ids
+    tokenizer.add_tokens(["<new>"])
+    assert ids_by_bytes(tokenizer)[b"<new>"] == len(tokenizer) - 1
 
 
 def test_character_token_takes_precedence_over_its_byte_token():
     """Text is split into `1`, never `<0x31>`, although the byte tokens come first in such a vocabulary."""
     tokenizer = TOKENIZERS["byte fallback"]
-    ids, known = ids_by_bytes(token_bytes(tokenizer)), tokenizer.get_vocab()
+    ids, known = ids_by_bytes(tokenizer), tokenizer.get_vocab()
     for letter in set(TEXT) - set(" \n"):
         assert ids[letter.encode()] == known[letter]
     for byte in (b"~", b"\xff"):
