@@ -15,6 +15,7 @@ from rbfast.utils.records import check_shape
 
 _REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
 _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
+_ONLY_ON_DISK = ("message", "usage")  # as they were sent: the message holds the text and the thinking again
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class ReplyStore:
             )
 
     def _keep(self, record: dict[str, Any], offset: int) -> None:
+        record = {name: value for name, value in record.items() if name not in _ONLY_ON_DISK}
         if record["logprobs"]:
             record = record | {"logprobs": _LogprobsOnDisk(self._journal, offset)}
         self._replies[record["key"]] = record

@@ -31,6 +31,7 @@ from rbfast.teacher.prompt_scores import DIALECTS
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
 from rbfast.teacher.solutions import Question, teach
+from rbfast.utils.files import Journal
 
 TEXTS = ["Add 12 and 30.\n12 + 30 = 42, é 😀.", "Then take 2 away.\n42 - 2 = 40.", "Count the 你好."]
 TRACES = [
@@ -392,6 +393,21 @@ def test_stored_logprobs_take_no_memory(tmp_path):
     assert held < 2**20  # a single reply takes more
     for one in (store, again):
         assert {key: list(one.get(SimpleNamespace(key=key))["logprobs"]) for key in replies} == replies
+
+
+def test_text_of_a_stored_reply_is_in_memory_once(tmp_path):
+    thoughts = {f"key {i}": f"{i}" * 2**16 for i in range(9)}
+    fields = {"text": "", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "logprobs": []}
+    records = [fields | {"key": key, "thinking": text, "message": {"a": text}} for key, text in thoughts.items()]
+    Journal(tmp_path / "replies.jsonl").append(records)
+    tracemalloc.start()
+    try:
+        store = ReplyStore(tmp_path / "replies.jsonl", Budget(FREE, None, None), [])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.2 * len(thoughts) * 2**16
+    assert {key: store.get(SimpleNamespace(key=key))["thinking"] for key in thoughts} == thoughts
 
 
 @pytest.mark.parametrize(
