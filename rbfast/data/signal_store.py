@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from rbfast.data.encoding import IGNORE, Example
@@ -74,7 +75,7 @@ class SignalStore:
         self._locations: dict[bytes, tuple[int, int]] = {}  # shard and item
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
         for number in range(len(self._shards)):
-            for item, key in enumerate(self._load_shard(number)["keys"]):
+            for item, key in enumerate(self._read_keys(number)):
                 self._locations[key.tobytes()] = number, item
 
     @classmethod
@@ -169,30 +170,33 @@ class SignalStore:
                     "choose another folder"
                 )
 
+    def _read_keys(self, number: int) -> np.ndarray:
+        """The keys of one shard, uint8 [items, 16]. The rest, which may be large, is read and checked by `fill`."""
+        with _naming_shard(self._shards[number]), safe_open(self._shards[number], "np") as shard:
+            keys = shard.get_tensor("keys")
+            _check_keys(keys)
+            return keys
+
     def _load_shard(self, number: int) -> dict[str, np.ndarray]:
         """One shard, cached until another is read. Raises ValueError, naming the file, if it is broken."""
         if self._loaded is None or self._loaded[0] != number:
-            path = self._shards[number]
-            try:
-                data = path.read_bytes()
+            with _naming_shard(self._shards[number]):
+                data = self._shards[number].read_bytes()
                 tensors = load(data)
                 check_seal(data)
                 self._check_shard(tensors)
-            except (SafetensorError, KeyError, ValueError) as error:
-                raise ValueError(
-                    f"{path}: not a complete shard of signals ({error}); remove it and teach again"
-                ) from error
             self._loaded = number, tensors
         return self._loaded[1]
 
     def _check_shard(self, tensors: dict[str, np.ndarray]) -> None:
         keys, ends, rows, ids, logprobs = (tensors[name] for name in ("keys", "ends", "rows", "ids", "logprobs"))
-        dtypes = {"keys": np.uint8, "ends": np.int64, "rows": np.int32, "ids": self._dtype, "logprobs": np.float32}
+        _check_keys(keys)
+        dtypes = {"ends": np.int64, "rows": np.int32, "ids": self._dtype, "logprobs": np.float32}
         for name, dtype in dtypes.items():
             if tensors[name].dtype != dtype:
                 raise ValueError(f"expected {name} to be {np.dtype(dtype)}, got {tensors[name].dtype}")
         n = rows.size
-        if keys.shape != (ends.size, _KEY_BYTES) or rows.shape != (n,) or np.any(np.diff(ends, prepend=0) < 0):
+        if len(keys) != ends.size or rows.shape != (n,) or np.any(np.diff(ends, prepend=0) < 0):
             raise ValueError("its index does not fit its rows")
         if (ends[-1] if ends.size else 0) != n:
             raise ValueError("its index does not fit its rows")
@@ -202,6 +206,20 @@ class SignalStore:
             raise ValueError(f"expected ids below {self.vocabulary}")
         if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _MASS_TOLERANCE):  # also refuses NaN
             raise ValueError("expected log-probs whose probabilities add up to at most 1")
+
+
+@contextmanager
+def _naming_shard(path: Path) -> Iterator[None]:
+    """Raises ValueError, naming the shard, if the block finds it broken."""
+    try:
+        yield
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a complete shard of signals ({error}); remove it and teach again") from error
+
+
+def _check_keys(keys: np.ndarray) -> None:
+    if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != _KEY_BYTES:
+        raise ValueError(f"expected keys to be uint8 [items, {_KEY_BYTES}], got {keys.dtype} {list(keys.shape)}")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -224,6 +242,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def example_key(example: Example) -> bytes:
     """A hash of an example's tokens and of where its trained tokens start."""
-    first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
-    data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()
-    return blake2b(data, digest_size=_KEY_BYTES).digest()
+    first = np.flatnonzero(example.labels != IGNORE)[:1]
+    data = np.concatenate([first, example.input_ids]).astype("<i8")
+    return blake2b(data.tobytes(), digest_size=_KEY_BYTES).digest()

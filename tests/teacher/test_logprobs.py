@@ -515,6 +515,20 @@ def test_each_shard_is_read_once_in_any_order(tmp_path, monkeypatch):
     assert all(example.teacher_logprobs.base is None for example in examples)
 
 
+def test_opening_a_store_reads_only_its_index(tmp_path, monkeypatch):
+    with store_at(tmp_path) as store:
+        add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+    read = []
+    monkeypatch.setattr("rbfast.data.signal_store.load", lambda data: read.append(data) or load(data))
+    store = SignalStore.open(tmp_path)
+    assert len(store) == 3 and all(encode(trace, TOKENIZER) in store for trace in TRACES) and not read
+    [shard] = tmp_path.glob("*.safetensors")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"not a complete shard.*has changed since it was written"):
+        filled_examples(SignalStore.open(tmp_path))
+
+
 def test_broken_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a folder that `rbfast teach --score` wrote"):
         SignalStore.open(tmp_path / "absent")
