@@ -136,7 +136,7 @@ def evaluate(
     Args:
         keep: a JSONL file to append each finished batch of results to. Problems already in it are not run again; they
             are graded again if their answer has changed.
-        progress: called with (problems done, problems in all) at the start and after each batch.
+        progress: called with (distinct problems done, distinct problems in all) at the start and after each batch.
         decoding: the fields of `Decoding`.
 
     Raises:
@@ -155,7 +155,7 @@ def evaluate(
 
     def report() -> None:
         if progress is not None:
-            progress(sum(_identity(problem) in done for problem in problems), len(problems))
+            progress(len(done), len(by_identity))
 
     report()
     for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):

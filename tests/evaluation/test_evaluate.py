@@ -12,6 +12,7 @@ from real_inputs import data_path
 from tiny import tiny_model, tiny_tokenizer
 
 from rbfast.data.instruction import ANSWER
+from rbfast.evaluation import evaluate as evaluation
 from rbfast.evaluation.evaluate import Result, evaluate, summarize, summarize_samples
 from rbfast.evaluation.statistics import clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
 from rbfast.grading.grade import Problem
@@ -207,6 +208,16 @@ def test_bootstrap_agrees_with_theory_and_is_reproducible():
     assert paired_bootstrap([[1.0]] * 9, [[1.0, 1.0]] * 9).high == 0.0
     with pytest.raises(ValueError, match="same items, got 1 and 2"):
         paired_bootstrap([[1.0]], [[1.0], [0.0]])
+
+
+def test_cost_of_progress_does_not_grow_with_the_problems_done(monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    problems = [Problem("file", f"{number}", "never", {}) for number in range(40)]
+    called, identity = [], evaluation._identity
+    monkeypatch.setattr(evaluation, "_identity", lambda problem: called.append(problem) or identity(problem))
+    shown = []
+    evaluate(model, tokenizer, problems, max_new_tokens=1, batch_size=1, progress=lambda *n: shown.append(n))
+    assert shown == [(done, 40) for done in range(41)] and len(called) <= 5 * len(problems)
 
 
 def test_interrupted_evaluation_resumes(tmp_path, monkeypatch):
