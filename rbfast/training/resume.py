@@ -33,8 +33,11 @@ def run_settings(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, An
 
 
 def digest_records(records: Iterable[Mapping[str, Any]]) -> str:
-    lines = "\n".join(json.dumps(record, sort_keys=True) for record in records)
-    return blake2b(lines.encode(), digest_size=16).hexdigest()
+    digest, separator = blake2b(digest_size=16), ""
+    for record in records:
+        digest.update(f"{separator}{json.dumps(record, sort_keys=True)}".encode())
+        separator = "\n"
+    return digest.hexdigest()
 
 
 def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:

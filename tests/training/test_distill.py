@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import wraps
@@ -27,7 +28,7 @@ from rbfast.training.arguments import sole_training
 from rbfast.training.distill import DistillConfig, distill, placement_scores, plan_run, trace_loss
 from rbfast.training.distill_config import SCHEDULES
 from rbfast.training.objective import Objective
-from rbfast.training.resume import check_same_run, run_settings
+from rbfast.training.resume import check_same_run, digest_records, run_settings
 from rbfast.training.run_folder import RUN
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
@@ -465,6 +466,16 @@ def test_seed_chooses_columns_and_held_out_traces(tmp_path, monkeypatch):
         columns.append([delta.cols.tolist() for delta in read_adapter(folder)[1].values()])
         held_out.append(json.loads((folder / "run.json").read_text())["held_out"]["digest"])
     assert columns[0] != columns[1] and held_out[0] != held_out[1]
+
+
+def test_traces_are_digested_one_at_a_time():
+    tracemalloc.start()
+    try:
+        digest = digest_records({"b": f"é {n}" * 2**12, "a": n} for n in range(200))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20 and digest == "0512683befe55c9402df4ddaea585548"
 
 
 def test_resuming_with_other_traces_is_refused(tmp_path, monkeypatch):
