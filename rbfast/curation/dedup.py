@@ -87,11 +87,9 @@ def _similar_pairs(signatures: np.ndarray, keys: np.ndarray, band: int) -> np.nd
 def _components(n: int, pairs: np.ndarray) -> np.ndarray:
     """Connected components: the least item that each item is connected to, int64 [n]."""
     label = np.arange(n)
-    while len(pairs):
-        least = label[pairs].min(1)
-        before = label.copy()
-        np.minimum.at(label, pairs.ravel(), np.repeat(least, 2))
-        label = label[label]
-        if np.array_equal(label, before):
-            break
+    while len(pairs := np.sort(label[pairs])):
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        np.minimum.at(label, pairs[:, 1], pairs[:, 0])  # joins whole groups, so a few rounds suffice
+        while (label[label] != label).any():
+            label = label[label]
     return label

@@ -1,10 +1,12 @@
 """Which problems count as duplicates, and which copy is kept."""
 
+import time
+
 import numpy as np
 import pytest
 
 from rbfast.curation import text
-from rbfast.curation.dedup import SIGNATURE, agreement_key, duplicates, mix_history
+from rbfast.curation.dedup import SIGNATURE, _components, agreement_key, duplicates, mix_history
 
 
 def keepers(items: list[tuple[str, str]], preference: list[float] | None = None) -> list[int]:
@@ -71,6 +73,16 @@ def test_problems_without_words_have_no_duplicates() -> None:
     assert keepers([("?", "1"), ("!", "1"), ("", "1")]) == [0, 1, 2]
     assert keepers([]) == []
     assert mix_history(np.array([5, 0], dtype=np.uint64), np.array([0, 7], dtype=np.uint64)).tolist() == [0, 7]
+
+
+def test_long_chains_are_joined_in_a_few_rounds() -> None:
+    items = np.random.default_rng(0).permutation(100_000)
+    links = np.stack([items[:-1], items[1:]], axis=1)
+    start = time.process_time()
+    groups = _components(len(items), np.delete(links, 49_999, axis=0))
+    assert time.process_time() - start < 5  # one link a round would take minutes
+    for chain in (items[:50_000], items[50_000:]):
+        assert (groups[chain] == chain.min()).all()
 
 
 def test_chain_of_duplicates_keeps_one_item() -> None:
