@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling, seed_named
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
-from rbfast.utils.files import Journal, check_output
+from rbfast.utils.files import Journal, check_output, lock_file
 from rbfast.utils.memory import trim_memory
 from rbfast.utils.records import check_shape
 
@@ -141,33 +142,37 @@ def evaluate(
 
     Raises:
         ValueError: a number is out of range; `keep` holds results with another label or other decoding settings, or a
-            line that is not a result.
+            line that is not a result, or another process writes into it.
         OSError: `keep` cannot be written.
     """
     settings = Decoding(**decoding)
     if keep is not None:
         check_output(keep)  # fail now, not after the first batch
     store = _ResultsFile(Path(keep), settings) if keep is not None else None
-    done = store.read(problems) if store else {}
-    by_identity = {_identity(problem): problem for problem in problems}
-    todo = [problem for identity, problem in by_identity.items() if identity not in done]
-    lengths = [range(len(problem.question)) for problem in todo]
+    done: dict[_Identity, list[Result]] = {}
+    if store:
+        with store.lock():  # not beyond the reading, which may replace the file
+            done = store.read(problems)
+    with store.lock() if store else nullcontext():
+        by_identity = {_identity(problem): problem for problem in problems}
+        todo = [problem for identity, problem in by_identity.items() if identity not in done]
+        lengths = [range(len(problem.question)) for problem in todo]
 
-    def report() -> None:
-        if progress is not None:
-            progress(len(done), len(by_identity))
+        def report() -> None:
+            if progress is not None:
+                progress(len(done), len(by_identity))
 
-    report()
-    for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
-        batch = [todo[i] for i in rows]
-        written = settings.write(model, tokenizer, batch, batch_size)
-        for problem, completions in zip(batch, written, strict=True):
-            results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
-            done[_identity(problem)] = results
-            if store:
-                store.add(results)
-        trim_memory()
         report()
+        for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
+            batch = [todo[i] for i in rows]
+            written = settings.write(model, tokenizer, batch, batch_size)
+            for problem, completions in zip(batch, written, strict=True):
+                results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
+                done[_identity(problem)] = results
+                if store:
+                    store.add(results)
+            trim_memory()
+            report()
     return [result for problem in problems for result in done[_identity(problem)]]
 
 
@@ -200,6 +205,10 @@ class _ResultsFile:
         if decoding.instruction is None:
             del settings["instruction"]  # older files lack this setting
         self.settings = dict(json.loads(json.dumps(settings)))
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps other processes from running the same problems within the block."""
+        return lock_file(self.journal.path)
 
     def read(self, problems: Sequence[Problem]) -> dict[_Identity, list[Result]]:
         """The results of the problems whose samples are all in the file, graded against their current answers.

@@ -43,32 +43,51 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
-    """Locks a folder against other processes within the block; it is created if needed. Has no effect on Windows or on
-    a file system without locks.
+    """Locks a folder against other processes within the block; it is created if needed, and removed if it stays empty.
+    Has no effect on Windows or on a file system without locks.
 
     Raises:
         ValueError: another process holds the lock.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, os.O_RDONLY):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def lock_file(path: str | Path) -> Iterator[None]:
+    """Like `lock_folder`, for a file. A file that replaces it within the block is not locked."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path, os.O_RDWR | os.O_CREAT):
+        try:
+            yield
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+
+
+@contextmanager
+def _lock(path: Path, flags: int) -> Iterator[None]:
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
     except ImportError:
         yield
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, flags, 0o666)
     try:
-        flock(handle, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)  # and leave the folder: another of this name would not be locked
-        raise ValueError(f"another process is using {folder}: wait until it ends, or name another") from None
-    except OSError:
-        pass
-    try:
+        with suppress(OSError):
+            try:
+                flock(handle, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is using {path}: wait until it ends, or name another") from None
         yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing was written into it
         os.close(handle)  # releases the lock
 
 

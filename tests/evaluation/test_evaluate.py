@@ -20,6 +20,7 @@ from rbfast.grading.tasks import load_problems
 from rbfast.inference.decoding import Completion
 from rbfast.inference.guide import Guide, Limits, Phrases
 from rbfast.inference.local import guided
+from rbfast.utils.files import lock_file
 
 
 def test_evaluate_keeps_order_and_completions():
@@ -331,3 +332,19 @@ def test_interventions_of_a_guide_are_recorded(tmp_path):
     recorded = json.loads(path.read_text())["events"]
     assert [event["kind"] for event in recorded] == [event.kind for event in results[0].events]
     assert evaluate(model, tokenizer, problems, guide=guide, keep=path) == results
+
+
+def test_two_evaluations_may_not_write_one_file(tmp_path):
+    keep = tmp_path / "results.jsonl"
+    problems = [Problem("file", "x", "1", {})]
+    with lock_file(keep), pytest.raises(ValueError, match=r"another process is using .*results\.jsonl"):
+        evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=2, keep=keep)
+    evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=2, keep=keep)
+
+    def second(done, total):
+        if done:
+            evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=2, keep=keep)
+
+    with pytest.raises(ValueError, match="another process is using"):
+        evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=2, keep=keep, progress=second)
+    assert len(keep.read_text().splitlines()) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rbfast.utils.files import Journal, atomic_write, check_output, lock_folder, staged_files, write_text
+from rbfast.utils.files import Journal, atomic_write, check_output, lock_file, lock_folder, staged_files, write_text
 
 
 def test_new_file_takes_its_name_only_on_close(tmp_path: Path) -> None:
@@ -157,6 +157,15 @@ def test_refused_lock_leaves_the_first_in_force(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match="another process is using"), lock_folder(tmp_path / "out"):
                 pass
+
+
+def test_second_lock_of_a_file_is_refused_and_an_empty_file_is_removed(tmp_path: Path) -> None:
+    for text in ("", "written"):
+        with lock_file(tmp_path / "file"):
+            (tmp_path / "file").write_text(text)
+            with pytest.raises(ValueError, match=r"another process is using .*file"), lock_file(tmp_path / "file"):
+                pass
+        assert [path.read_text() for path in tmp_path.iterdir()] == [text] * bool(text)
 
 
 def test_output_on_a_read_only_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
