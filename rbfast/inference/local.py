@@ -24,7 +24,7 @@ from rbfast.data.chat_template import format_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.inference.decoding import batches_by_length, decode, encode_prompts, evaluating, greedy_settings
 from rbfast.inference.guide import Guide, Phrases
-from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
+from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution, check_texts
 from rbfast.inference.steering import GuidedSteering, SampleGroup
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
@@ -49,6 +49,7 @@ def guided(
         ValueError: a batch size below 1, a prompt that would exceed the model's positions, a marker that the tokenizer
             cannot write, a budget too small for the wrap-up.
     """
+    check_texts(prompts)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     settings = greedy_settings(model, tokenizer)
@@ -109,5 +110,6 @@ class LocalSolver:
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
         """The samples of every problem; see `Solver`. Raises ValueError as `guided` does."""
+        check_texts(problems)
         prompts = [format_prompt(problem, self.tokenizer, self.instruction) for problem in problems]
         return guided(self.model, self.tokenizer, prompts, guide, sampling, batch_size=self.batch_size, listen=listen)

@@ -29,7 +29,7 @@ from rbfast.data.chat_template import default_instruction, format_prompt
 from rbfast.data.instruction import ANSWER, Instruction
 from rbfast.data.thinking_marks import THINKING
 from rbfast.inference.guide import Guide, Phrases
-from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
+from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution, check_texts
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
@@ -305,6 +305,7 @@ class ServerSolver:
         Raises:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem.
         """
+        check_texts(problems)
         seeds = [sampling.seed] * len(problems) if isinstance(sampling.seed, int) else sampling.seed
         return [
             self._samples(problem, guide, sampling, seed, listen and partial(listen, i))

@@ -138,6 +138,12 @@ class Solver(Protocol):
         ...
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises TypeError for a single text, whose characters would be solved one by one."""
+    if isinstance(texts, str):
+        raise TypeError(f"expected a list of texts, got one: {texts[:60]!r}; put it in a list")
+
+
 def vote_of(samples: Sequence[Solution]) -> Vote:
     """The answer that most samples agree on; abandoned samples have no vote."""
     return majority([sample.key for sample in samples if not sample.abandoned])

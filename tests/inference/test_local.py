@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,11 @@ from rbfast.data.instruction import BOXED
 from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver, guided
+from rbfast.inference.remote import ServerSolver
 from rbfast.inference.solver import Sampling, calibrate
 from rbfast.inference.steering import GuidedSteering, draw, entropy
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
+from rbfast.teacher.client import Server
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
 STOPS = [0, *range(2, 258, 30)]
@@ -420,3 +423,10 @@ def test_real_student_answers_within_its_budget(pristine):
     [[solution]] = solver.solve(["A farm has 3 cows and 2 hens. How many legs are there?"], steps)
     assert solution.tokens <= 120 and "<answer>" in solution.text
     assert solution.text.rstrip().endswith("</answer>") or not solution.truncated
+
+
+def test_a_single_text_is_refused(model):
+    server = ServerSolver(Server("http://127.0.0.1:9/v1", "tiny", retries=0))
+    for solve in (LocalSolver(model, TOKENIZER).solve, server.solve, partial(guided, model, TOKENIZER)):
+        with pytest.raises(TypeError, match=r"expected a list of texts, got one: '2 \+ 2 ='; put it in a list"):
+            solve("2 + 2 =", guide())
