@@ -190,7 +190,11 @@ def _is_finished(row: Mapping[str, Any]) -> bool:
 
 
 def _verdict(verified: bool | None) -> int:
-    return UNVERIFIED if verified is None else RIGHT if verified else WRONG
+    if verified is None:
+        return UNVERIFIED
+    if verified not in (False, True):  # a text, or a share of passed tests: its truth value says nothing
+        raise ValueError(f"verify must return True, False or None, got {verified!r}")
+    return RIGHT if verified else WRONG
 
 
 def _as_finite(name: str, values: Sequence[float]) -> np.ndarray:

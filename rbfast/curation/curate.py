@@ -108,6 +108,8 @@ class CurateConfig:
     formats: FormatOptions = AUTO
 
     def __post_init__(self) -> None:
+        if isinstance(self.against, str | Path):
+            object.__setattr__(self, "against", (self.against,))
         if self.size < 1 or self.processes < 1:
             raise ValueError(f"size and processes must be at least 1, got {self.size} and {self.processes}")
         if self.ray is not None and self.processes > 1:

@@ -460,3 +460,17 @@ def test_seed_chooses_among_equal_traces(tmp_path: Path) -> None:
 
     assert chosen(0) == chosen(0)
     assert len({chosen(seed) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("verdict", ["wrong", 0.5, math.nan])
+def test_a_verdict_that_is_not_a_bool_is_refused(tmp_path: Path, verdict: object) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is 1 + 1?")])
+    with pytest.raises(ValueError, match="verify must return True, False or None, got"):
+        rbfast.curate([pool], tmp_path / "out", CurateConfig(verify=lambda trace, fields: verdict))  # type: ignore[arg-type, return-value]
+
+
+def test_one_evaluation_set_needs_no_list(tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is 1 + 1?")])
+    for against in (pool, str(pool)):
+        sheet = rbfast.curate([pool], tmp_path / "out", CurateConfig(against=against)).datasheet  # type: ignore[arg-type]
+        assert sheet["settings"]["against"] == [str(pool)] and sheet["evaluation_problems"] == 1
