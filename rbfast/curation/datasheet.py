@@ -21,7 +21,7 @@ import rbfast
 from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG
 from rbfast.curation.ledger import Ledger
 from rbfast.curation.quality import Quality
-from rbfast.report.html import dropped_because, escape, page, picture, remark, stages_table, table
+from rbfast.report.html import domains_table, dropped_because, escape, page, picture, remark, stages_table, table
 from rbfast.report.plots import AFTER, BEFORE, plot_label
 from rbfast.utils.files import write_text
 
@@ -148,6 +148,7 @@ def render(sheet: Mapping[str, Any]) -> str:
         remark(_WHICH),
         _picture(_draw_stages, sheet["stages"], "What was dropped, and why"),
         _picture(_draw_domains, sheet["domains"], _domains_title(len(sheet["domains"]))),
+        domains_table(sheet["domains"][:_MOST_DRAWN]),
         *(
             _picture(partial(_draw_histogram, label), sheet[name], title)
             for name, title, label in (

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import rbfast
+from rbfast.report.plots import print_png
 
 _DPI = 144  # 1.5 times the 96 of CSS: sharp on high-density screens
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*%?( \(.{1,30}\))?")
@@ -80,7 +80,7 @@ def picture(figure: Figure, alt: str) -> str:
     """The figure as an embedded image; `alt` describes it."""
     figure.set_dpi(_DPI)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    print_png(figure, buffer)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     width = round(96 * figure.get_figwidth())
     size = f'width="{width}" style="min-width:{round(_SMALLEST * width)}px"'
@@ -91,6 +91,12 @@ def stages_table(sheet: Mapping[str, Any]) -> str:
     """The stages of a curation as an HTML table: what came in, what was dropped and why, what came out."""
     rows = [(s["stage"], s["in"], dropped_because(s["dropped"]), s["out"]) for s in sheet["stages"]]
     return table(("stage", "in", "dropped, and why", "out"), rows)
+
+
+def domains_table(domains: Sequence[Mapping[str, Any]]) -> str:
+    """The domains of a curation as an HTML table."""
+    rows = [(d["domain"], d["before"], d["eligible"], d["after"]) for d in domains]
+    return table(("domain", "in the pool", "eligible", "picked"), rows)
 
 
 def dropped_because(counts: Mapping[str, int]) -> str:

@@ -10,9 +10,10 @@ draw_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -222,7 +223,14 @@ def plot_label(name: str) -> str:
     return name if len(name) <= 60 else name[:57] + "..."
 
 
+def print_png(figure: Figure, file: IO[bytes]) -> None:
+    """Writes a figure to an open file. Matplotlib's own font lacks most scripts: it draws other letters as boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(file)
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as a PNG file, atomically."""
     with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        print_png(figure, file)

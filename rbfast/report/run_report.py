@@ -15,7 +15,7 @@ from rbfast.data.spans import ROLES
 from rbfast.models.names import hub_id_of
 from rbfast.report.accuracy import accuracy, by_budget, gain_text, percent_text
 from rbfast.report.examples import examples
-from rbfast.report.html import escape, page, picture, remark, stages_table, table
+from rbfast.report.html import domains_table, escape, page, picture, remark, stages_table, table
 from rbfast.report.plots import draw_losses, draw_placement, draw_scores
 from rbfast.report.read_run import Comparison, Items, RunFolder, compare, main_measurement, read_run
 from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED
@@ -188,8 +188,7 @@ def _training(run: RunFolder) -> Iterator[str]:
         return
     yield "<h4>How the traces were picked</h4>"
     yield stages_table(run.datasheet)
-    domains = [(d["domain"], d["before"], d["eligible"], d["after"]) for d in run.datasheet["domains"]]
-    yield table(("domain", "in the pool", "eligible", "picked"), domains)
+    yield domains_table(run.datasheet["domains"])
 
 
 _SETTINGS = ("epochs", "batch_size", "accumulation", "learning_rate", "placement", "max_tokens", "seed")

@@ -474,3 +474,10 @@ def test_one_evaluation_set_needs_no_list(tmp_path: Path) -> None:
     for against in (pool, str(pool)):
         sheet = rbfast.curate([pool], tmp_path / "out", CurateConfig(against=against)).datasheet  # type: ignore[arg-type]
         assert sheet["settings"]["against"] == [str(pool)] and sheet["evaluation_problems"] == 1
+
+
+def test_the_datasheet_names_domains_in_any_script(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is 1 + 1?", domain="\u4e2d\u6587")])
+    rbfast.curate([pool], tmp_path / "out")
+    assert "<td>\u4e2d\u6587</td>" in (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
