@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -123,6 +123,11 @@ def distill(
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     check_trackers(report_to)
     check_traces(traces)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"teacher must be a model, got {type(teacher).__name__}: pass the log-probs of a function as the traces' "
+            "signals, or to DistillLoss in a loop of your own"
+        )
     config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config)

@@ -91,7 +91,7 @@ class Plan:
             "adapter": f"{self.trained:,} trained ({self.trained / self.parameters:.3%}), {megabytes(self.adapter)}; "
             f"gradients and AdamW {megabytes(self.optimizer)}",
             "batches": f"{self.batches:,} per epoch of {self.tokens:,} tokens; the largest has {self.largest:,}",
-            "left out": f"{self.left_out:,} of the traces: too long or impossible to render; skipped.jsonl lists them",
+            "left out": f"{self.left_out:,} of the traces: too long or impossible to render; a run lists them",
             "activations": self._activations(),
             "loss": megabytes(self.loss),
             "writing": f"about {megabytes(self.cache)} of key-value cache, freed before the student is trained",

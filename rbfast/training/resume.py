@@ -72,6 +72,11 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
             )
     optional = [name for name in _OPTIONAL if name in stored or name in settings]
     for name in [*optional, *settings]:  # report an optional setting first: it may explain other differences
+        if name == "traces_digest" and stored.get(name) != settings[name]:
+            raise ValueError(
+                f"{folder} holds another run: its traces (or problems) are others, or in another order; use the same, "
+                "choose another output folder, or remove this one"
+            )
         if name not in ignored and not _is_same(name, stored.get(name), settings.get(name)):
             raise ValueError(
                 f"{folder} holds another run: its {name} is {stored.get(name)!r}, now {settings.get(name)!r}; "

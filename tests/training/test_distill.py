@@ -482,7 +482,7 @@ def test_resuming_with_other_traces_is_refused(tmp_path, monkeypatch):
     run(tmp_path, monkeypatch)
     for traces in (TRACES[::-1], [*TRACES[:-1], replace(TRACES[-1], reasoning="Count on.")]):
         monkeypatch.setattr("tiny_runs.TRACES", traces)
-        with pytest.raises(ValueError, match="its traces_digest is"):
+        with pytest.raises(ValueError, match="are others, or in another order"):
             run(tmp_path, monkeypatch)
 
 
@@ -558,3 +558,9 @@ def test_second_training_thread_is_refused(tmp_path, monkeypatch):
             running.result()
     assert all(parameter.requires_grad for parameter in model.parameters())
     run(tmp_path, monkeypatch, model=model)
+
+
+def test_teacher_function_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"teacher must be a model, got function: pass .* DistillLoss"):
+        distill(student(), TOKENIZER, TRACES, tmp_path / "run", teacher=lambda ids: ids)
+    assert not (tmp_path / "run").exists()
