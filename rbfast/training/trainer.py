@@ -34,6 +34,7 @@ from rbfast.training.arguments import sole_training
 from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import UNFINISHED, checkpoints_in, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
+from rbfast.utils.files import name_file_in_errors
 from rbfast.utils.memory import trim_memory
 
 _TORCH_SAVE_ERRORS = "PytorchStreamWriter", "inline_container.cc"  # in the messages of torch.save on a full disk
@@ -314,7 +315,8 @@ class DistillTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            with name_file_in_errors(final):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process writes its random state
             name = f"checkpoint-{self.state.global_step}"
             self._update_best_name(final, final / UNFINISHED / name)
