@@ -56,6 +56,10 @@ class ColumnScores:
                 raise ValueError(f"{name} was not scored; score this model with the same targets")
             if replace(scored, group=shape.group) != shape:
                 raise ValueError(f"{name} was scored as {scored}, here it is {shape}; score this model")
+            column = self.columns.get(name)
+            if column is None or column.shape != (shape.in_features,) or not torch.isfinite(column).all():
+                got = "none" if column is None else f"{tuple(column.shape)} with {int(column.isfinite().sum())} finite"
+                raise ValueError(f"{name}: expected {shape.in_features} finite scores, one per input, got {got}")
         return {name: self.shapes[name] for name in matrices}
 
     def save(self, path: str | Path) -> None:

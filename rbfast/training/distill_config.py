@@ -78,7 +78,10 @@ class DistillConfig:
         if not 0 <= self.seed < 2**32:  # NumPy's range
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
-            raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+            raise ValueError(
+                f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r:.60}; for scores of "
+                "your own, attach the adapter with them, save it and name its folder as the adapter to continue from"
+            )
         if self.turns not in ("last", "all"):
             raise ValueError(f"turns must be last or all, got {self.turns!r}")
         if self.schedule not in SCHEDULES:

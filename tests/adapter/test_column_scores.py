@@ -1,6 +1,7 @@
 """Column scores: each method against its definition, groups found in the forward, score files, and placement."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,3 +290,13 @@ def test_malformed_score_files_are_refused(tmp_path):
         save_file(broken, file, metadata={"rbfast": json.dumps(header)})
         with pytest.raises(ValueError, match=message):
             ColumnScores.load(file)
+
+
+def test_scores_made_by_hand_need_a_finite_value_per_input():
+    model = llama()
+    scores = score_columns(model, [batch()], loss_fn)
+    name, column = next(iter(scores.columns.items()))
+    others = {other: value for other, value in scores.columns.items() if other != name}
+    for columns in (others, others | {name: column[1:]}, others | {name: column * float("nan")}):
+        with pytest.raises(ValueError, match=f"{name}: expected 24 finite scores, one per input, got "):
+            SparseAdapter.attach(model, density=0.1, placement=replace(scores, columns=columns))

@@ -564,3 +564,18 @@ def test_teacher_function_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"teacher must be a model, got function: pass .* DistillLoss"):
         distill(student(), TOKENIZER, TRACES, tmp_path / "run", teacher=lambda ids: ids)
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_of_ones_own_begin_a_run_as_an_adapter(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="for scores of your own, attach the adapter with them, save it"):
+        DistillConfig(placement="scores.safetensors")
+    model = student()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    scores = score_columns(model, [ids], lambda model, ids: model(ids, labels=ids).loss)
+    adapter = SparseAdapter.attach(model, density=0.2, placement=scores)
+    adapter.save_pretrained(tmp_path / "start")
+    columns = {name: site.cols.clone() for name, site in adapter.sites().items()}
+    adapter.detach()
+    state = run(tmp_path / "run", monkeypatch, model=model, adapter=tmp_path / "start")
+    trained = {name.removesuffix(".cols"): value for name, value in state.items() if name.endswith(".cols")}
+    assert trained.keys() == columns.keys() and all(torch.equal(trained[name], columns[name]) for name in columns)
