@@ -133,7 +133,9 @@ def _problem_of(row: Any, where: str, task: str, options: FormatOptions) -> Prob
     try:
         fields = question_of(row, options)
     except TraceError as error:
-        raise ValueError(f"{where}: problem: expected text: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     if (answer := fields.get("answer")) is None:
-        raise ValueError(f"{where}: answer: expected text or a number, got None")
+        raise ValueError(
+            f"{where}: answer: expected text or a number, got none; name its field with --map answer=FIELD"
+        )
     return Problem(task, fields["problem"], extract_answer(answer) or answer.strip(), {}, fields.get("system"))

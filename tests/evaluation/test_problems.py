@@ -78,8 +78,11 @@ def test_unsupported_file_is_not_taken_for_a_hub_dataset(tmp_path):
     [
         ("{", r"set\.jsonl:2, column 2: expected JSON"),
         ("[1]", r"set\.jsonl:2: expected a JSON object, got list"),
-        ('{"answer": "1"}', r"set\.jsonl:2: problem: expected text"),
-        ('{"problem": "p", "answer": null}', r"set\.jsonl:2: answer: expected text or a number, got None"),
+        ('{"answer": "1"}', r"set\.jsonl:2: problem: expected this field, got answer; name"),
+        (
+            '{"problem": "p", "answer": null}',
+            r"set\.jsonl:2: answer: expected text or a number, got none; name its field",
+        ),
     ],
 )
 def test_error_names_the_malformed_line(tmp_path, line, message):
