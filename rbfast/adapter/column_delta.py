@@ -331,8 +331,9 @@ class ColumnDelta(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "a model with a SparseAdapter attached can be neither copied nor pickled: call adapter.merge() or "
-            "adapter.detach() first, or keep the adapter with adapter.save_pretrained(dir)"
+            "a SparseAdapter and the model that it is attached to can be neither copied nor pickled: call "
+            "adapter.merge() or adapter.detach() first, or keep the adapter with adapter.save_pretrained(dir). To "
+            "average weights, average clones of adapter.parameters()"
         )
 
 
