@@ -124,9 +124,7 @@ class SignalStore:
             "ends": np.cumsum([len(entry.rows) for entry in entries]),
             **{name: np.concatenate([getattr(e, name) for e in entries]) for name in ("rows", "ids", "logprobs")},
         }
-        # Named after its traces, so that no other process writes another shard under the same name.
-        name = blake2b(tensors["keys"].tobytes(), digest_size=8).hexdigest()
-        path = self.folder / f"signals-{name}.safetensors"
+        path = self.folder / _shard_name(tensors["keys"])
         with atomic_write(path) as file:
             file.write(seal(save(tensors)))
         self._pending = []  # not before: after a full disk, the next flush writes them
@@ -175,6 +173,8 @@ class SignalStore:
         with _naming_shard(self._shards[number]), safe_open(self._shards[number], "np") as shard:
             keys = shard.get_tensor("keys")
             _check_keys(keys)
+            if self._shards[number].name != _shard_name(keys):
+                raise ValueError("its index does not match its name")
             return keys
 
     def _load_shard(self, number: int) -> dict[str, np.ndarray]:
@@ -215,6 +215,11 @@ def _naming_shard(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a complete shard of signals ({error}); remove it and teach again") from error
+
+
+def _shard_name(keys: np.ndarray) -> str:
+    """A name after the traces: no other process writes another shard under it, and it shows a damaged index."""
+    return f"signals-{blake2b(keys.tobytes(), digest_size=8).hexdigest()}.safetensors"
 
 
 def _check_keys(keys: np.ndarray) -> None:

@@ -524,9 +524,11 @@ def test_opening_a_store_reads_only_its_index(tmp_path, monkeypatch):
     assert len(store) == 3 and all(encode(trace, TOKENIZER) in store for trace in TRACES) and not read
     [shard] = tmp_path.glob("*.safetensors")
     data = shard.read_bytes()
-    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"not a complete shard.*has changed since it was written"):
-        filled_examples(SignalStore.open(tmp_path))
+    keys = data.index(load(data)["keys"].tobytes())
+    for at, error in ((keys, "its index does not match its name"), (keys - 1, "has changed since it was written")):
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ValueError, match=f"not a complete shard.*{error}"):
+            filled_examples(SignalStore.open(tmp_path))
 
 
 def test_broken_store_is_refused(tmp_path):
