@@ -36,9 +36,9 @@ class Example:
     and `teacher_logprobs`; a short row is padded with id 0 at log-prob -inf.
     """
 
-    input_ids: np.ndarray  # int64 [n], and so are labels and roles
-    labels: np.ndarray
-    roles: np.ndarray
+    input_ids: np.ndarray  # [n], any integers; `encode` makes int32
+    labels: np.ndarray  # [n], as input_ids
+    roles: np.ndarray  # [n], any integers; `encode` makes int8
     teacher_ids: np.ndarray | None = None  # int64 or int32 [m, k]
     teacher_logprobs: np.ndarray | None = None  # float32 [m, k]
     teacher_rows: np.ndarray | None = None  # int64 [m]
@@ -122,8 +122,8 @@ def example_of(
     prompt: Sequence[int], completion: Sequence[int], roles: Sequence[int], name: str | None = None
 ) -> Example:
     """The example of a prompt and a completion, its end of turn included, with the role of each of its tokens."""
-    ids = np.array([*prompt, *completion], dtype=np.int64)
-    labels, role_of = np.full_like(ids, IGNORE), np.full_like(ids, NO_ROLE)
+    ids = np.array([*prompt, *completion], dtype=np.int32)
+    labels, role_of = np.full_like(ids, IGNORE), np.full_like(ids, NO_ROLE, dtype=np.int8)
     labels[len(prompt) - 1 : -1] = completion
     role_of[len(prompt) - 1 : -1] = roles
     return Example(ids, labels, role_of, id=name)
@@ -192,7 +192,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     if not examples:
         raise ValueError("collate needs at least one example, got none")
     packed: dict[str, Any] = {
-        name: torch.from_numpy(np.concatenate([getattr(example, name) for example in examples]))[None]
+        name: torch.from_numpy(np.concatenate([getattr(example, name) for example in examples])).long()[None]
         for name in ("input_ids", "labels", "roles")
     }
     lengths = [len(example.input_ids) for example in examples]

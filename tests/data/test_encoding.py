@@ -90,7 +90,8 @@ def test_encoding_matches_inference(tokenizer) -> None:
     assert trained.tolist().count(tokenizer.eos_token_id) == 1  # the end of the turn; <|im_end|> in the text stays text
     assert ((example.roles == NO_ROLE) == (example.labels == IGNORE)).all()
     assert example.roles[-2] == ANSWER  # the end of the turn
-    assert all(array.dtype == np.int64 for array in (example.input_ids, example.labels, example.roles))
+    dtypes = [array.dtype for array in (example.input_ids, example.labels, example.roles)]
+    assert dtypes == [np.int32, np.int32, np.int8]  # a run holds all its examples
 
 
 def test_every_token_has_the_role_of_its_characters(tokenizer) -> None:
@@ -125,6 +126,11 @@ def with_signals(tokenizer, k: int = 2, **changes) -> Trace:
     rows = [[int(label), *range(k - 1)] for label in labels[labels != IGNORE]]
     logprobs = [[-0.5] + [-3.0] * (k - 1) for _ in rows]
     return trace(signals={"ids": rows, "logprobs": logprobs}, **changes)
+
+
+def test_batches_are_int64(tokenizer) -> None:
+    batch = collate([encode(trace(), tokenizer)])
+    assert {batch[name].dtype for name in ("input_ids", "labels", "roles", "position_ids")} == {torch.int64}
 
 
 def test_signals_are_aligned_with_their_labels(tokenizer) -> None:
