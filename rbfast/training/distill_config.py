@@ -79,8 +79,8 @@ class DistillConfig:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
             raise ValueError(
-                f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r:.60}; for scores of "
-                "your own, attach the adapter with them, save it and name its folder as the adapter to continue from"
+                f"placement must be one of {', '.join(METHODS)} or random (an adapter attached with scores of your own "
+                f"can be saved and continued from), got {self.placement!r:.60}"
             )
         if self.turns not in ("last", "all"):
             raise ValueError(f"turns must be last or all, got {self.turns!r}")

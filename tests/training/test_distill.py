@@ -567,7 +567,7 @@ def test_teacher_function_is_refused(tmp_path):
 
 
 def test_scores_of_ones_own_begin_a_run_as_an_adapter(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="for scores of your own, attach the adapter with them, save it"):
+    with pytest.raises(ValueError, match="an adapter attached with scores of your own can be saved and continued from"):
         DistillConfig(placement="scores.safetensors")
     model = student()
     ids = torch.tensor([[1, 2, 3, 4]])
