@@ -130,7 +130,7 @@ def distill(
         )
     config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
-    examples, skipped = encode_traces(traces, tokenizer, config)
+    examples, skipped = encode_traces(traces, tokenizer, config, quiet)
     eval_examples = encode_held_out(eval_traces, tokenizer, config)
     check_positions(model, [*examples, *eval_examples])
     settings: dict[str, Any] = {"traces": len(traces), "traces_digest": digest_records(map(Trace.to_dict, traces))}
@@ -265,13 +265,14 @@ def plan_run(
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
     held_out: Sequence[Trace] | float | None = None,
+    quiet: bool = False,
 ) -> Plan:
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
     check_traces(traces)
     config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
-    examples, skipped = encode_traces(traces, tokenizer, config)
+    examples, skipped = encode_traces(traces, tokenizer, config, quiet)
     check_positions(model, [*examples, *encode_held_out(eval_traces, tokenizer, config)])
     return plan_examples(model, TrainingData(examples, [], skipped, {}), config, teacher, adapter)
 

@@ -14,6 +14,7 @@ from rbfast.data.trace import Trace
 from rbfast.models.student import rotary_embeddings
 from rbfast.training.distill_config import DistillConfig
 from rbfast.utils.processes import is_first_process
+from rbfast.utils.progress import bar
 from rbfast.utils.records import show
 
 
@@ -24,15 +25,17 @@ def check_traces(traces: object) -> None:
 
 
 def encode_traces(
-    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
+    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig, quiet: bool = True
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    examples, skipped = encode_all(
-        traces,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        instruction=instruction_of(tokenizer, config),
-        turns=config.turns,
-    )
+    """As `encode_all`, with the config's settings. Raises ValueError if no trace can be trained on."""
+    with bar("encoding", quiet or not is_first_process()) as progress:
+        examples, skipped = encode_all(
+            progress.track(traces, description=""),
+            tokenizer,
+            max_tokens=config.max_tokens,
+            instruction=instruction_of(tokenizer, config),
+            turns=config.turns,
+        )
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
     return examples, skipped

@@ -143,7 +143,8 @@ def test_run_saves_and_prints_its_plan(model, tmp_path, capsys):
     finished = distill(model, TOKENIZER, TRACES[:8], tmp_path, CONFIG)
     saved = json.loads((tmp_path / "run.json").read_text())["plan"]
     assert saved == json.loads(json.dumps(finished.plan.to_dict()))
-    assert "activations" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "activations" in shown and "encoding" in shown
 
 
 def test_planned_token_batches_are_the_trained_ones(model, tmp_path):
