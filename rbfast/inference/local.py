@@ -49,7 +49,7 @@ def guided(
         ValueError: a batch size below 1, a prompt that would exceed the model's positions, a marker that the tokenizer
             cannot write, a budget too small for the wrap-up.
     """
-    check_texts(prompts)
+    check_texts(prompts, sampling)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     settings = greedy_settings(model, tokenizer)
@@ -84,7 +84,7 @@ def guided(
 def _names(sampling: Sampling, prompts: int) -> list[list[str]]:
     """The names that seed the draws of each sample of each prompt."""
     seed = sampling.seed
-    seeds = [f"{seed}:{i}" for i in range(prompts)] if isinstance(seed, int) else list(map(str, seed))
+    seeds = list(map(str, seed)) if isinstance(seed, Sequence) else [f"{seed}:{i}" for i in range(prompts)]
     return [[f"{name}:{copy}" for copy in range(sampling.samples)] for name in seeds]
 
 
@@ -110,6 +110,6 @@ class LocalSolver:
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
         """The samples of every problem; see `Solver`. Raises ValueError as `guided` does."""
-        check_texts(problems)
+        check_texts(problems, sampling)
         prompts = [format_prompt(problem, self.tokenizer, self.instruction) for problem in problems]
         return guided(self.model, self.tokenizer, prompts, guide, sampling, batch_size=self.batch_size, listen=listen)

@@ -305,8 +305,8 @@ class ServerSolver:
         Raises:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem.
         """
-        check_texts(problems)
-        seeds = [sampling.seed] * len(problems) if isinstance(sampling.seed, int) else sampling.seed
+        check_texts(problems, sampling)
+        seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
         return [
             self._samples(problem, guide, sampling, seed, listen and partial(listen, i))
             for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))

@@ -138,10 +138,13 @@ class Solver(Protocol):
         ...
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Raises TypeError for a single text, whose characters would be solved one by one."""
+def check_texts(texts: Sequence[str], sampling: Sampling) -> None:
+    """Raises TypeError for a single text, whose characters would be solved one by one, and ValueError unless there is
+    a seed for each text, or one for all."""
     if isinstance(texts, str):
         raise TypeError(f"expected a list of texts, got one: {texts[:60]!r}; put it in a list")
+    if isinstance(sampling.seed, Sequence) and len(sampling.seed) != len(texts):
+        raise ValueError(f"expected a seed for each of {len(texts)} texts, or one for all, got {len(sampling.seed)}")
 
 
 def vote_of(samples: Sequence[Solution]) -> Vote:

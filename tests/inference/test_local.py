@@ -6,6 +6,7 @@ import random
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from guides import make_guide
@@ -430,3 +431,20 @@ def test_a_single_text_is_refused(model):
     for solve in (LocalSolver(model, TOKENIZER).solve, server.solve, partial(guided, model, TOKENIZER)):
         with pytest.raises(TypeError, match=r"expected a list of texts, got one: '2 \+ 2 ='; put it in a list"):
             solve("2 + 2 =", guide())
+
+
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+def test_a_seed_for_each_text_is_required(model, seeds):
+    server = ServerSolver(Server("http://127.0.0.1:9/v1", "tiny", retries=0))
+    sampling = Sampling(temperature=1.0, seed=seeds)
+    for solve in (LocalSolver(model, TOKENIZER).solve, server.solve, partial(guided, model, TOKENIZER)):
+        with pytest.raises(ValueError, match=rf"a seed for each of 2 texts, or one for all, got {len(seeds)}"):
+            solve(["a", "b"], Guide.plain(4), sampling)
+
+
+def test_a_numpy_seed_is_a_seed(model):
+    drawn = [
+        guided(model, TOKENIZER, PROMPTS[:2], Guide.plain(6), Sampling(temperature=1.0, seed=seed))
+        for seed in (3, np.int64(3))
+    ]
+    assert drawn[0] == drawn[1]
