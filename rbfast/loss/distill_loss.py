@@ -10,7 +10,7 @@ does. The work itself is in `fused_loss`.
 Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,6 +66,8 @@ class DistillLoss(nn.Module):
             a CPU, at an error of about 0.02 (docs/results.md). Ignored on a GPU, and for bf16 on a CPU with AMX, where
             it would save nothing.
     """
+
+    __call__: Callable[..., LossOutput]  # for type checkers: nn.Module's returns Any
 
     def __init__(
         self,
