@@ -15,7 +15,7 @@ summarize_samples(samples)                                         # pass@1, pas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,26 +154,40 @@ def evaluate(
         with store.lock():  # not beyond the reading, which may replace the file
             done = store.read(problems)
     with store.lock() if store else nullcontext():
-        by_identity = {_identity(problem): problem for problem in problems}
-        todo = [problem for identity, problem in by_identity.items() if identity not in done]
-        lengths = [range(len(problem.question)) for problem in todo]
-
-        def report() -> None:
-            if progress is not None:
-                progress(len(done), len(by_identity))
-
-        report()
-        for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
-            batch = [todo[i] for i in rows]
-            written = settings.write(model, tokenizer, batch, batch_size)
-            for problem, completions in zip(batch, written, strict=True):
-                results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
-                done[_identity(problem)] = results
-                if store:
-                    store.add(results)
-            trim_memory()
-            report()
+        for found in _write_missing(model, tokenizer, problems, done, settings, batch_size, progress):
+            if store:
+                store.add(found)
     return [result for problem in problems for result in done[_identity(problem)]]
+
+
+def _write_missing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    done: dict[_Identity, list[Result]],
+    settings: Decoding,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[list[Result]]:
+    """Adds the results of the problems that `done` lacks to it, batch by batch. Yields those of each problem."""
+    by_identity = {_identity(problem): problem for problem in problems}
+    todo = [problem for identity, problem in by_identity.items() if identity not in done]
+    lengths = [range(len(problem.question)) for problem in todo]
+
+    def report() -> None:
+        if progress is not None:
+            progress(len(done), len(by_identity))
+
+    report()
+    for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
+        batch = [todo[i] for i in rows]
+        written = settings.write(model, tokenizer, batch, batch_size)
+        for problem, completions in zip(batch, written, strict=True):
+            results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
+            done[_identity(problem)] = results
+            yield results
+        trim_memory()
+        report()
 
 
 def _graded(problem: Problem, completion: Completion, sample: int, events: tuple[Event, ...]) -> Result:
