@@ -8,7 +8,7 @@ Matrices that read the same input (q, k, v; gate, up) form a group, found by wat
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward
 from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, shape_of, unwrapped
@@ -125,7 +126,6 @@ def score_columns(
                 )
             if needs_gradient:
                 loss.backward()
-            scorer.end_batch()
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
@@ -165,8 +165,7 @@ class _Scorer:
         self.columns: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._numbers = count()
-        # Inputs stay alive for a batch, so that an id identifies one input.
-        self._inputs: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._inputs: MutableMapping[Tensor, dict[int, int]] = WeakTensorKeyDictionary()  # the number of each version
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -183,9 +182,6 @@ class _Scorer:
                 hook.remove()
             for module in self.linears.values():
                 unpatch_forward(module)
-
-    def end_batch(self) -> None:
-        self._inputs.clear()
 
     def shapes(self) -> dict[str, Shape]:
         """Shapes with the observed groups, numbered in the model's order. A matrix that never ran is its own group."""
@@ -215,17 +211,16 @@ class _Scorer:
         if not torch.is_grad_enabled():
             return None
         if not y.requires_grad:  # true of the first matrices: everything before them is frozen
-            y = y.detach().requires_grad_().clone()
+            y = y.detach().requires_grad_()
         experts = reference.rows_of_experts(args[1]) if isinstance(module, ExpertStack) else [(0, slice(None))]
-        y.register_hook(partial(self._backward_hook, name, x, [rows for _, rows in experts]))
-        return y
+        return _Watched.apply(y, x, partial(self._see_gradient, name, [rows for _, rows in experts]))
 
     def _assign_group(self, name: str, x: Tensor) -> None:
-        version = 0 if x.is_inference() else x._version
-        number, _ = self._inputs.setdefault((id(x), version), (next(self._numbers), x))
+        versions = self._inputs.setdefault(x, {})
+        number = versions.setdefault(0 if x.is_inference() else x._version, next(self._numbers))
         self._groups.setdefault(name, number)
 
-    def _backward_hook(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
+    def _see_gradient(self, name: str, matrices: Sequence[slice], x: Tensor, dy: Tensor) -> None:
         """matrices: the rows of each matrix; one slice for a linear layer, one per expert for a stack."""
         x, dy = x.float(), _as_rows(dy).float()
         for rows in matrices:
@@ -240,6 +235,21 @@ class _Scorer:
             self.columns[name] += value
         else:
             self.columns[name] = value
+
+
+class _Watched(torch.autograd.Function):
+    """The identity on y. Its backward calls see(x, dy). x is saved for it, so a checkpoint computes x again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.see = see
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        ctx.see(*ctx.saved_tensors, dy)
+        return dy, None, None
 
 
 def _as_rows(x: Tensor) -> Tensor:

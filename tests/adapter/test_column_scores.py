@@ -1,6 +1,7 @@
 """Column scores: each method against its definition, groups found in the forward, score files, and placement."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,30 @@ def test_gradient_checkpointing_scores_the_same():
     again = score_columns(model, BATCHES, loss_fn)
     assert again.shapes == plain.shapes
     assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_checkpointed_layers_keep_no_inputs_for_the_backward(is_checkpointed):
+    model, memory, kept = llama(), [], []
+    if is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+    def replace_input(linear, args):
+        array = args[0].detach().numpy().copy()  # lives as long as any tensor in its memory
+        memory.append(weakref.ref(array))
+        return (torch.from_numpy(array),)
+
+    def loss(model, inputs):
+        memory.clear()
+        value = loss_fn(model, inputs)
+        kept.append([reference() is not None for reference in memory])
+        return value
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(replace_input)
+    score_columns(model, BATCHES[:1], loss)
+    assert kept == [[not is_checkpointed] * len(model.model.layers)]
 
 
 def test_compiled_model_scores_the_same():
