@@ -4,6 +4,7 @@ import json
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import torch
 from tiny import tiny_tokenizer
 
@@ -62,5 +63,6 @@ def test_curation_bytes_are_unchanged(tmp_path, monkeypatch):
 def test_encoded_trace_is_unchanged():
     trace = Trace("What is 2+3?", "First add.\nSo 2+3=5. Let me check: 5-3=2, right.", "5", plan="Add, then check.")
     example = encode(trace, tiny_tokenizer())
-    encoded = b"".join(getattr(example, name).tobytes() for name in ("input_ids", "labels", "roles"))
+    parts = [getattr(example, name).astype(np.int64) for name in ("input_ids", "labels", "roles")]
+    encoded = b"".join(part.tobytes() for part in parts)
     assert digest(encoded) == "a5f5881799677580"
