@@ -94,9 +94,8 @@ def distill_on_policy(
         model, tokenizer, questions, out / SAMPLES, config, teacher, rounds, writing, adapter
     )
     if examples.teacher is not None and not (out / SAMPLES).exists():
-        examples.teacher.check(
-            examples.writer.prompt_ids(questions[0]), tokenizer
-        )  # before the folder is tied to the settings
+        # Before the folder is tied to the settings.
+        examples.teacher.check(examples.writer.prompt_ids(questions[0]), tokenizer)
     run = train_examples(
         model,
         tokenizer,
