@@ -26,13 +26,18 @@ from rbfast.cli.common import (
 from rbfast.teacher.client import ServerError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from rbfast.cli.transcript import Transcript
     from rbfast.grading.grade import Problem
+    from rbfast.inference.guide import Limits
     from rbfast.inference.solver import Solution, Solver
+    from rbfast.teacher.client import Server
 
 _ALL = "all"  # the value of -n for every problem of a task
 _PROBLEMS = 50  # problems per task without -n
-_LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
+_TOKENS = 512  # tokens per completion without --max-new-tokens
+_LIMITS = {"budget": None, "minimum": 0, "maximum": None, "verify_above": None, "probe_every": 0}  # and if not given
 
 
 def add_solve(sub: argparse.ArgumentParser) -> None:
@@ -40,18 +45,42 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     add_load_in(sub)
     sub.add_argument("problem", help="the problem, or - to read it from stdin")
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    _add_server(sub)
+    sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
+    _add_limits(sub, 1024, "1024")
+    _add_sampling(sub, "completions that vote on the answer (default: 1)")
+    add_instruction(sub, TRAINED_WITH)
+
+
+def _add_server(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
     sub.add_argument("--tokenizer", metavar="NAME", help="hub id or folder of the served model, for its chat template")
-    sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
-    sub.add_argument("--budget", type=int, default=1024, help="most tokens in all, thinking and answer (default: 1024)")
+
+
+def _add_limits(sub: argparse._ActionsContainer, budget: int | None, default: str) -> None:
+    """The options for the limits of a guide; `default` describes `budget`, which None leaves open."""
+    sub.add_argument(
+        "--budget", type=int, default=budget, help=f"most tokens in all, thinking and answer (default: {default})"
+    )
     sub.add_argument("--minimum", type=int, default=0, help="fewest tokens of thinking (default: 0)")
     sub.add_argument("--maximum", type=int, help="most tokens of thinking (default: all not reserved for the answer)")
     sub.add_argument(
         "--verify-above", type=float, help="insert a check above this mean entropy, in nats (default: never)"
     )
     sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
-    _add_sampling(sub, "completions that vote on the answer (default: 1)")
-    add_instruction(sub, TRAINED_WITH)
+
+
+def _limits(args: argparse.Namespace) -> "Limits":
+    from rbfast.inference.guide import Limits
+
+    return Limits(**{name: getattr(args, name) for name in _LIMITS})
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    if args.server and args.adapter:
+        raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
+    if args.tokenizer and not args.server:
+        raise ValueError("--tokenizer is for --server: a local model uses its own tokenizer, so leave it out")
 
 
 def _add_sampling(sub: argparse.ArgumentParser, samples: str) -> None:
@@ -72,17 +101,14 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_solve(args: argparse.Namespace) -> int:
     from rbfast.cli.transcript import Transcript
-    from rbfast.inference.guide import Guide, Limits
+    from rbfast.inference.guide import Guide
     from rbfast.inference.solver import Sampling
 
     problem = _read_stdin() if args.problem == "-" else args.problem
     if not problem.strip():
         raise ValueError("problem: expected a text, got an empty one")
-    if args.server and args.adapter:
-        raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
-    if args.tokenizer and not args.server:
-        raise ValueError("--tokenizer is for --server: a local model uses its own tokenizer, so leave it out")
-    limits = Limits(**{name: getattr(args, name) for name in _LIMITS})
+    _check_server(args)
+    limits = _limits(args)
     sampling = Sampling(**_sampling(args))
     transcript = Transcript(quiet=args.json or args.samples > 1)
     listen = None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text)
@@ -99,24 +125,32 @@ def run_solve(args: argparse.Namespace) -> int:
 
 def _server_solver(args: argparse.Namespace) -> "Solver":
     from rbfast.inference.remote import ServerSolver
-    from rbfast.models.student import load_tokenizer
-    from rbfast.teacher.client import Server
 
     if not args.tokenizer:
         print("no --tokenizer: the prompt is plain text, not the model's chat template", file=sys.stderr)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    return ServerSolver(
-        Server(args.server, args.model), tokenizer, args.concurrency, instruction_of(args, args.tokenizer)
-    )
+    server, tokenizer = _load_server(args)
+    return ServerSolver(server, tokenizer, args.concurrency, instruction_of(args, args.tokenizer))
+
+
+def _load_server(args: argparse.Namespace) -> "tuple[Server, PreTrainedTokenizerBase | None]":
+    from rbfast.models.student import load_tokenizer
+    from rbfast.teacher.client import Server
+
+    return Server(args.server, args.model), load_tokenizer(args.tokenizer) if args.tokenizer else None
 
 
 def _local_solver(args: argparse.Namespace) -> "Solver":
     from rbfast.inference.local import LocalSolver
 
+    model, tokenizer = _load_local(args)
+    return LocalSolver(model, tokenizer, instruction=instruction_of(args, args.adapter, args.model))
+
+
+def _load_local(args: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     model, tokenizer = load_model(args)
     if args.adapter:
         attach_adapter(model, args.adapter)
-    return LocalSolver(model, tokenizer, instruction=instruction_of(args, args.adapter, args.model))
+    return model, tokenizer
 
 
 def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", transcript: "Transcript") -> int:
@@ -164,9 +198,14 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         type=_positive_or_all,
         help=f"problems per task, or {_ALL} of a file or dataset (default: {_PROBLEMS}, or all if it has fewer)",
     )
+    _add_server(sub)
     _add_sampling(sub, "completions per problem (default: 1)")
-    sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
-    sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
+    sub.add_argument(
+        "--max-new-tokens", type=int, help=f"tokens per completion, at most (default: {_TOKENS}, or --budget)"
+    )
+    sub.add_argument(
+        "--batch-size", type=int, default=32, help="completions, or requests to a server, at a time (default: 32)"
+    )
     sub.add_argument(
         "-o",
         "--out",
@@ -174,6 +213,8 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         help=f"JSONL file of every completion ({FILE_ONLY}); the same command resumes from it",
     )
     add_instruction(sub, TRAINED_WITH)
+    guided = sub.add_argument_group("guided", "with --budget, a guide steers the thinking: docs/guidance.md")
+    _add_limits(guided, None, "no guide")
     add_formats(sub)
 
 
@@ -193,13 +234,16 @@ def _problems(args: argparse.Namespace, task: str) -> "list[Problem]":
 
 def run_eval(args: argparse.Namespace) -> int:
     from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
+    from rbfast.inference.guide import Guide
+    from rbfast.inference.tokens import phrases_for
     from rbfast.utils.progress import counting
 
-    sampling = _sampling(args)
+    _check_server(args)
+    sampling, limits = _sampling(args), _eval_limits(args)
     problems = {task: _problems(args, task) for task in args.task}
-    model, tokenizer = load_model(args)
-    if args.adapter:
-        attach_adapter(model, args.adapter)
+    model, tokenizer = _load_server(args) if args.server else _load_local(args)
+    instruction = instruction_of(args, *([args.tokenizer] if args.server else [args.adapter, args.model]))
+    guide = Guide(limits, phrases_for(tokenizer, instruction)) if limits else None
     results = {}
     for task, items in problems.items():
         with counting(task, args.json) as progress:
@@ -207,11 +251,12 @@ def run_eval(args: argparse.Namespace) -> int:
                 model,
                 tokenizer,
                 items,
-                max_new_tokens=args.max_new_tokens,
+                max_new_tokens=_TOKENS if args.max_new_tokens is None else args.max_new_tokens,
                 batch_size=args.batch_size,
                 keep=args.out,
                 label=_label(args),
-                instruction=instruction_of(args, args.adapter, args.model),
+                instruction=instruction,
+                guide=guide,
                 progress=progress,
                 **sampling,
             )
@@ -227,8 +272,21 @@ def run_eval(args: argparse.Namespace) -> int:
     return print_result(args, summary, text)
 
 
+def _eval_limits(args: argparse.Namespace) -> "Limits | None":
+    """The limits of the guide; None without --budget."""
+    if args.budget is None:
+        if given := [name for name, absent in _LIMITS.items() if getattr(args, name) != absent]:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for a guide, which needs a --budget in tokens")
+        return None
+    if args.max_new_tokens is not None:
+        raise ValueError("--budget limits the whole completion: leave out --max-new-tokens")
+    return _limits(args)
+
+
 def _label(args: argparse.Namespace) -> str:
     """A label for the evaluated model and adapter. The modification times in it change if they are retrained."""
+    if args.server:
+        return f"{args.model} on a server"  # at any URL: a restarted server may have another
     names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)

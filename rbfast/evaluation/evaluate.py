@@ -9,33 +9,30 @@ gain = paired_difference([r.correct for r in before], [r.correct for r in after]
 
 samples = evaluate(model, tokenizer, problems, samples=8, temperature=0.8)
 summarize_samples(samples)                                         # pass@1, pass@k, majority@8, clustered errors
+
+served = evaluate(Server("http://localhost:8000/v1", "my-model"), tokenizer, problems)
 ```
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rbfast.data.answers import extract_answer
-from rbfast.data.chat_template import format_prompt
-from rbfast.data.instruction import Instruction
+from rbfast.evaluation.decoding import Decoding, Model
 from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
 from rbfast.grading.grade import Problem, answer_key, grade
-from rbfast.inference.decoding import Completion, batches_by_length, complete
-from rbfast.inference.guide import Guide
-from rbfast.inference.local import guided
-from rbfast.inference.solver import Sampling, seed_named
+from rbfast.inference.decoding import Completion
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
 from rbfast.utils.files import Journal, check_output, lock_file
-from rbfast.utils.memory import trim_memory
 from rbfast.utils.records import check_shape
 
 
@@ -80,51 +77,9 @@ class Result:
         return record
 
 
-Generated = tuple[Completion, tuple[Event, ...]]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How completions are generated; a results file resumes only if these settings agree.
-
-    Args:
-        max_new_tokens: the limit of a completion; with a guide, its budget applies instead.
-        temperature: 0 for greedy decoding.
-        label: a name for the model and its adapter.
-        instruction: the text after a problem; None for the tokenizer's default.
-    """
-
-    max_new_tokens: int = 256
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    guide: Guide | None = None
-    label: str = ""
-    instruction: Instruction | None = None
-
-    def __post_init__(self) -> None:
-        Sampling(self.samples, self.temperature, self.top_p)  # raises ValueError if one is out of range
-
-    def write(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
-    ) -> list[list[Generated]]:
-        """`samples` completions of each problem, with a guide's interventions."""
-        prompts = [format_prompt(p.question, tokenizer, self.instruction, system=p.system) for p in problems]
-        if self.guide is None and self.temperature == 0 and self.samples == 1:
-            greedy = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
-            return [[(completion, ())] for completion in greedy]
-        # A resumed run draws the same: a problem's draws do not depend on which others are left.
-        seeds = [seed_named(f"{self.seed}:{problem.question}") for problem in problems]
-        sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
-        guide = self.guide or Guide.plain(self.max_new_tokens)
-        solutions = guided(model, tokenizer, prompts, guide, sampling, batch_size=batch_size)
-        return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
-
-
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
     problems: Sequence[Problem],
     *,
     batch_size: int = 32,
@@ -135,15 +90,19 @@ def evaluate(
     """Graded completions of every problem, in the order of `problems`, with the samples of a problem side by side.
 
     Args:
-        keep: a JSONL file to append each finished batch of results to. Problems already in it are not run again; they
-            are graded again if their answer has changed.
-        progress: called with (distinct problems done, distinct problems in all) at the start and after each batch.
+        model: a local model, or a `Server` of one.
+        tokenizer: the model's. None: a server's own chat template applies, or, with a guide, the prompt is plain text.
+        batch_size: the most completions at a time.
+        keep: a JSONL file to append the results of each finished problem to. Problems already in it are not run again;
+            they are graded again if their answer has changed.
+        progress: called with (distinct problems done, distinct problems in all) at the start and after each problem.
         decoding: the fields of `Decoding`.
 
     Raises:
         ValueError: a number is out of range; `keep` holds results with another label or other decoding settings, or a
             line that is not a result, or another process writes into it.
         OSError: `keep` cannot be written.
+        ServerError: a server refused a problem, or did not answer after all retries.
     """
     settings = Decoding(**decoding)
     if keep is not None:
@@ -153,40 +112,36 @@ def evaluate(
     if store:
         with store.lock():  # not beyond the reading, which may replace the file
             done = store.read(problems)
-    with store.lock() if store else nullcontext():
-        for found in _write_missing(model, tokenizer, problems, done, settings, batch_size, progress):
+    written = _write_missing(model, tokenizer, problems, done, settings, batch_size, progress)
+    with store.lock() if store else nullcontext(), closing(written):
+        for found in written:
             if store:
                 store.add(found)
     return [result for problem in problems for result in done[_identity(problem)]]
 
 
 def _write_missing(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
     problems: Sequence[Problem],
     done: dict[_Identity, list[Result]],
     settings: Decoding,
     batch_size: int,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[list[Result]]:
-    """Adds the results of the problems that `done` lacks to it, batch by batch. Yields those of each problem."""
+) -> Generator[list[Result]]:
+    """Adds the results of the problems that `done` lacks to it, and yields those of each problem."""
     by_identity = {_identity(problem): problem for problem in problems}
     todo = [problem for identity, problem in by_identity.items() if identity not in done]
-    lengths = [range(len(problem.question)) for problem in todo]
 
     def report() -> None:
         if progress is not None:
             progress(len(done), len(by_identity))
 
     report()
-    for rows in batches_by_length(lengths, max(1, batch_size // settings.samples)):
-        batch = [todo[i] for i in rows]
-        written = settings.write(model, tokenizer, batch, batch_size)
-        for problem, completions in zip(batch, written, strict=True):
-            results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
-            done[_identity(problem)] = results
-            yield results
-        trim_memory()
+    for problem, completions in settings.write(model, tokenizer, todo, batch_size):
+        results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
+        done[_identity(problem)] = results
+        yield results
         report()
 
 

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rbfast.data.chat_template import default_instruction, format_prompt
@@ -43,9 +44,14 @@ _NO_COMPLETIONS = (404, 405, 501)
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
-def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> str:
+def prompt_for(
+    problem: str,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: Instruction | None = None,
+    system: str | None = None,
+) -> str:
     """`format_prompt` without the BOS token, if the server's tokenizer adds it."""
-    prompt, begin = format_prompt(problem, tokenizer, instruction), tokenizer.bos_token
+    prompt, begin = format_prompt(problem, tokenizer, instruction, system=system), tokenizer.bos_token
     adds_it = begin is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return prompt.removeprefix(str(begin)) if adds_it else prompt
 
@@ -258,6 +264,14 @@ def _marked_thinking(reply: ChatReply) -> str:
     return f"{opener}\n{reply.thinking}\n" + ("" if is_open else f"{closer}\n\n")
 
 
+class _Asked(NamedTuple):
+    """A problem, its own system prompt if it has one, and the seed of its first sample."""
+
+    problem: str
+    system: str | None
+    seed: int
+
+
 @dataclass(frozen=True)
 class ServerSolver:
     """A served model as a `Solver`.
@@ -283,8 +297,6 @@ class ServerSolver:
 
     def phrases(self) -> Phrases:
         """The markers of this model."""
-        if self.tokenizer is None:
-            return Phrases(close=self._used_instruction.opens, finish=self._used_instruction.closes)
         from rbfast.inference.tokens import phrases_for
 
         return phrases_for(self.tokenizer, self.instruction)
@@ -298,75 +310,106 @@ class ServerSolver:
     def solve(
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
-        """The samples of every problem, one problem after another; see `Solver`. Sample i has the seed `seed + i`.
+        """The samples of every problem; see `Solver`. Raises as `solve_each` does."""
+        solved = dict(self.solve_each(problems, guide, sampling, listen=listen))
+        return [solved[i] for i in range(len(problems))]
 
-        Uses the chat API if the server has no completions (404, 405, 501).
+    def solve_each(
+        self,
+        problems: Sequence[str],
+        guide: Guide,
+        sampling: Sampling = GREEDY,
+        *,
+        systems: Sequence[str | None] | None = None,
+        listen: Listener | None = None,
+    ) -> Iterator[tuple[int, list[Solution]]]:
+        """Yields the index of a problem and its samples, as soon as all of them are written.
+
+        Sample i has the seed `seed + i`, within 31 bits. The chat API is used if the server has no completions (404,
+        405, 501), or if there is neither a tokenizer nor anything for a guide to insert or measure.
+
+        Args:
+            systems: the system prompt of each problem; None for the instruction's.
+            listen: as in `Solver.solve`.
 
         Raises:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
-        return [
-            self._samples(problem, guide, sampling, seed, listen and partial(listen, i))
-            for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
-        ]
+        asked = list(starmap(_Asked, zip(problems, systems or [None] * len(problems), seeds, strict=True)))
+        votes = [_RunningVote(sampling.samples, sampling.early_stop) for _ in problems]
 
-    def _samples(
-        self, problem: str, guide: Guide, sampling: Sampling, seed: int, listen: Callable[[str, str], None] | None
-    ) -> list[Solution]:
-        vote = _RunningVote(sampling.samples, sampling.early_stop)
-
-        def sample(number: int) -> Solution:
-            server = self._server_for(sampling, seed + number)
-            solution = self._solve_sample(problem, guide, server, listen, vote.over.is_set)
-            vote.take(solution.key)  # in this thread, before it starts the next sample in the queue
+        def sample(i: int, number: int) -> Solution:
+            server = self._server_for(sampling, asked[i].seed + number)
+            heard = partial(listen, i) if listen else None
+            solution = self._solve_sample(asked[i], guide, server, heard, votes[i].over.is_set)
+            votes[i].take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
-        with ThreadPoolExecutor(min(sampling.samples, self.concurrency)) as pool:
-            futures = [pool.submit(sample, number) for number in range(sampling.samples)]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except ServerError as error:
+        def end_all() -> None:
+            for vote in votes:
                 vote.over.set()
-                partial = [solution for future in futures if (solution := _partial_solution(future))]
-                raise ServerError(str(error), error.status, partial) from error
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
+            problem_of = {job: i for i, row in enumerate(jobs) for job in row}
+            left = [sampling.samples] * len(problems)
+            try:
+                for job in as_completed(problem_of):
+                    i = problem_of[job]
+                    job.result()
+                    left[i] -= 1
+                    if not left[i]:
+                        yield i, [job.result() for job in jobs[i]]
+            except ServerError as error:
+                end_all()
+                written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
+                raise ServerError(str(error), error.status, written) from error
             finally:
-                vote.over.set()  # end the running samples, also after an interrupt
-        return [future.result() for future in futures]
+                end_all()  # also after an interrupt
 
     def _solve_sample(
         self,
-        problem: str,
+        asked: _Asked,
         guide: Guide,
         server: Server,
         listen: Callable[[str, str], None] | None,
         abandoned: Callable[[], bool],
     ) -> Solution:
+        only_text = guide.passive and guide.limits.verify_above is None
+        if self.tokenizer is None and only_text and not abandoned():
+            return self._chat(asked, guide, server, listen)
         try:
-            prompt, count = self._prompt(problem), self._count(guide)
+            prompt, count = self._prompt(asked), self._count(guide)
             special = self._closes_by_special(guide)
             return write(server, prompt, guide, count=count, listen=listen, abandoned=abandoned, keep_special=special)
         except ServerError as error:
             if error.status not in _NO_COMPLETIONS:
                 raise
-            solution = chat(server, problem, guide, self._used_instruction)
-            for kind, text in ((Phase.THINK, solution.thinking), (Phase.ANSWER, solution.answer)):
-                if listen and text:
-                    listen(kind.value, text)
-            return solution
+            return self._chat(asked, guide, server, listen)
+
+    def _chat(self, asked: _Asked, guide: Guide, server: Server, listen: Callable[[str, str], None] | None) -> Solution:
+        instruction = self._used_instruction
+        if asked.system is not None:
+            instruction = replace(instruction, system=asked.system)
+        solution = chat(server, asked.problem, guide, instruction)
+        for kind, text in ((Phase.THINK, solution.thinking), (Phase.ANSWER, solution.answer)):
+            if listen and text:
+                listen(kind.value, text)
+        return solution
 
     def _server_for(self, sampling: Sampling, seed: int) -> Server:
         """The server with the settings of the sampling."""
         top_p = sampling.top_p if sampling.top_p < 1 else None
-        return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
+        return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed % 2**31)
 
-    def _prompt(self, problem: str) -> str:
+    def _prompt(self, asked: _Asked) -> str:
         if self.tokenizer is None:
             instruction = self._used_instruction
-            return "".join(f"{text}\n\n" for text in (instruction.system, instruction.request(problem)) if text)
-        return prompt_for(problem, self.tokenizer, self.instruction)
+            system = instruction.system if asked.system is None else asked.system
+            return "".join(f"{text}\n\n" for text in (system, instruction.request(asked.problem)) if text)
+        return prompt_for(asked.problem, self.tokenizer, self.instruction, asked.system)
 
     def _closes_by_special(self, guide: Guide) -> bool:
         """Whether the close marker contains a special token: servers leave those out of the text."""

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.data.chat_template import default_instruction, end_of_turn
-from rbfast.data.instruction import Instruction
+from rbfast.data.instruction import ANSWER, Instruction
 from rbfast.data.thinking import thinking_format
 from rbfast.inference.decoding import decode_text
 from rbfast.inference.guide import Guide, Phrases
@@ -18,11 +18,15 @@ from rbfast.inference.solver import Solution
 from rbfast.inference.state import GuideState, Order, Phase
 
 
-def phrases_for(tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Phrases:
+def phrases_for(tokenizer: PreTrainedTokenizerBase | None, instruction: Instruction | None = None) -> Phrases:
     """The markers of a tokenizer's model: its template's thinking tags, else those of a plain chain of thought.
 
     A plain chain of thought ends where its answer begins, as the instruction (None: the default) tells the model.
+    Without a tokenizer the model reads plain text, so its thinking is plain.
     """
+    if tokenizer is None:
+        instruction = instruction or ANSWER
+        return Phrases(close=instruction.opens, finish=instruction.closes)
     template, instruction = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
     finish = instruction.closes and instruction.closes + template.tail
     if not template.thinks:

@@ -282,7 +282,7 @@ def test_all_samples_are_drawn_even_if_the_vote_is_decided(monkeypatch):
     """pass@k counts every sample."""
     calls = []
     monkeypatch.setattr(
-        "rbfast.evaluation.evaluate.guided", lambda *args, **options: calls.append(args[4]) or guided(*args, **options)
+        "rbfast.evaluation.decoding.guided", lambda *args, **options: calls.append(args[4]) or guided(*args, **options)
     )
     problems = [Problem("file", "x", "never", {})]
     results = evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=6, samples=5, temperature=1e-9)

@@ -1,7 +1,9 @@
 """Prompts, samples and votes from a server, in Python and from the command line."""
 
 import json
+import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from fake_api import answering, events
@@ -11,6 +13,7 @@ from thinking_templates import tokenizer_of
 from tiny import tiny_tokenizer
 
 from rbfast.cli.main import main
+from rbfast.data.instruction import ANSWER
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.remote import ServerSolver, prompt_for
 from rbfast.inference.solver import Sampling
@@ -107,7 +110,7 @@ def test_samples_vote_with_their_own_seeds(start):
 
 def test_decided_vote_abandons_running_samples(start):
     _, server = start(answer_script(4), answer_script(4), ENDLESS)
-    solutions = samples_of(server, plain(interventions=()), samples=3, concurrency=3)
+    solutions = samples_of(server, plain(interventions=("wait",)), samples=3, concurrency=3)
     assert [solution.abandoned for solution in solutions] == [False, False, True]
     assert solutions[2].tokens < 200_000 and solutions[2].tokens == len(solutions[2].text.split())
 
@@ -139,15 +142,57 @@ def test_samples_may_come_from_chat(start):
 
 def test_problems_are_solved_in_order_from_their_own_seeds(start):
     state, server = start(*(answer_script(number) for number in range(8)))
-    solutions = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
+    solver = ServerSolver(server, concurrency=1)
+    solutions = solver.solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
     assert [[sample.answer for sample in samples] for samples in solutions] == [
         [f"{number}</answer>" for number in seeds] for seeds in ((2, 3), (5, 6))
     ]
     assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
     assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
     received = []
-    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *event: received.append(event[0]))
+    solver.solve(["three?", "four?"], plain(), listen=lambda *event: received.append(event[0]))
     assert received == sorted(received) and set(received) == {0, 1}
+
+
+def test_problems_are_solved_at_the_same_time(start, monkeypatch):
+    _, server = start(answer_script(4), answer_script(5))
+    both, solve_sample = threading.Barrier(2), ServerSolver._solve_sample
+    monkeypatch.setattr(ServerSolver, "_solve_sample", lambda *args: (both.wait(timeout=10), solve_sample(*args))[1])
+    [[first], [second]] = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(seed=[0, 1]))
+    assert (first.answer, second.answer) == ("4</answer>", "5</answer>")
+
+
+def test_solved_problem_is_given_before_the_others_end(start):
+    state, server = start(answer_script(4), ENDLESS)
+    guide, sampling = plain(interventions=("wait",)), Sampling(seed=[1, 0, 1])
+    solving = ServerSolver(server, concurrency=2).solve_each(["one?", "two?", "three?"], guide, sampling)
+    i, [solution] = next(solving)
+    assert (i, solution.answer) == (1, "4</answer>")
+    solving.close()  # ends the running sample, and sends no request for those not started
+    assert state.delivered[1] < 200_000 and len(state.requests) <= 3
+
+
+def test_seeds_fit_every_server(start):
+    state, server = start(answer_script(4))
+    ServerSolver(server).solve(["one?"], plain(), Sampling(seed=[2**64 - 1]))
+    assert state.requests[0]["seed"] == 2**31 - 1
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), None], ids=["template", "plain"])
+def test_problem_may_have_its_own_system_prompt(start, tokenizer):
+    state, server = start(answer_script(4), answer_script(5))
+    systems, sampling = ["Be brief.", None], Sampling(seed=[0, 1])
+    solver = ServerSolver(server, tokenizer, concurrency=1, instruction=replace(ANSWER, system="Be long."))
+    dict(solver.solve_each(["one?", "two?"], plain(), sampling, systems=systems))
+    assert ["Be brief." in request["prompt"] for request in state.requests] == [True, False]
+    assert ["Be long." in request["prompt"] for request in state.requests] == [False, True]
+
+
+def test_server_applies_its_template_if_there_is_nothing_to_insert(start):
+    state, server = start(answer_script(4))
+    [(_, [solution])] = ServerSolver(server).solve_each(["one?"], Guide.plain(500), systems=["Be brief."])
+    assert solution.text == "So <answer>4</answer>"
+    assert [message["content"].split("\n")[0] for message in state.requests[0]["messages"]] == ["Be brief.", "one?"]
 
 
 def test_zero_concurrency_is_refused(start):

@@ -19,7 +19,8 @@ from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
 
 from rbfast.data.signal_store import SignalStore
-from rbfast.evaluation.evaluate import Decoding, Result, _ResultsFile
+from rbfast.evaluation.decoding import Decoding
+from rbfast.evaluation.evaluate import Result, _ResultsFile
 from rbfast.grading.grade import Problem
 from rbfast.inference.decoding import Completion
 from rbfast.teacher.solutions import teach

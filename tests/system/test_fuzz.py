@@ -28,7 +28,8 @@ from rbfast.data.readers import read_rows, read_traces, write_traces
 from rbfast.data.replies import verdict_of
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace, is_finite
-from rbfast.evaluation.evaluate import Decoding, evaluate
+from rbfast.evaluation.decoding import Decoding
+from rbfast.evaluation.evaluate import evaluate
 from rbfast.grading.grade import Problem
 from rbfast.grading.tasks import load_problems
 from rbfast.inference.decoding import Completion
@@ -326,7 +327,7 @@ def test_broken_signal_tensors(store):
 def test_broken_evaluation_results(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     problems = [Problem("task", f"{n}?", str(n), {}) for n in range(3)]
-    write = lambda self, model, tokenizer, some, size: [[(Completion(p.answer, 2, False), ())] for p in some]  # noqa: E731
+    write = lambda self, model, tokenizer, some, size: [(p, [(Completion(p.answer, 2, False), ())]) for p in some]  # noqa: E731
     monkeypatch.setattr(Decoding, "write", write)
     evaluate(None, None, problems, keep=path)
 

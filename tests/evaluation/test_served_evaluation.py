@@ -1,0 +1,97 @@
+"""Evaluations over a server, and under a guide from the command line."""
+
+import json
+
+import pytest
+from tiny import tiny_tokenizer
+
+from rbfast.cli.main import main
+from rbfast.evaluation.evaluate import evaluate
+from rbfast.grading.grade import Problem
+from rbfast.inference.guide import Guide, Limits, Phrases
+from rbfast.teacher.client import ServerError
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
+PROBLEMS = [Problem("file", f"{a}+4?", str(a + 4), {}) for a in range(3)]
+FOUR = "So |<answer>|4|</answer>"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of the problems."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"problem": p.question, "answer": p.answer}) + "\n" for p in PROBLEMS))
+    return path
+
+
+def test_served_model_is_evaluated_and_graded(start):
+    state, server = start(FOUR)
+    results = evaluate(server, tiny_tokenizer(), PROBLEMS, max_new_tokens=50)
+    assert [result.problem for result in results] == PROBLEMS
+    assert [(result.correct, result.completion.text) for result in results] == [
+        (correct, "So <answer>4</answer>") for correct in (True, False, False)
+    ]
+    assert {(request["max_tokens"], request["temperature"]) for request in state.requests} == {(50, 0.0)}
+
+
+def test_interrupted_evaluation_of_a_server_resumes(start, tmp_path):
+    state, server = start(FOUR, retries=0)
+    keep, options = tmp_path / "results.jsonl", {"samples": 2, "temperature": 0.5, "batch_size": 1}
+    state.faults = [None] * 3 + [500]
+    with pytest.raises(ServerError, match="500"):
+        evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
+    assert len(keep.read_text().splitlines()) == 2  # the two samples of the first problem
+    seeds_of_second = lambda: {request["seed"] for request in state.requests if request["prompt"].startswith("1+4?")}  # noqa: E731
+    seeds = seeds_of_second()
+    state.requests.clear()
+    results = evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
+    assert len(results) == 6 and len(state.requests) == 4
+    assert len(seeds) == 2 and seeds_of_second() == seeds
+
+
+def test_served_model_is_evaluated_under_a_guide(start, tmp_path):
+    _, server = start("|".join(["word "] * 200))
+    guide, keep = Guide(Limits(150, reserve=90), Phrases("<answer>", "</answer>")), tmp_path / "results.jsonl"
+    results = evaluate(server, tiny_tokenizer(), PROBLEMS, guide=guide, keep=keep)
+    assert {event.kind for event in results[0].events} >= {"wrap up"}
+    assert all(result.completion.tokens <= 150 for result in results)
+    assert evaluate(server, tiny_tokenizer(), PROBLEMS, guide=guide, keep=keep) == results
+
+
+def test_server_applies_its_template_without_a_tokenizer(start):
+    state, server = start(FOUR)
+    assert [result.correct for result in evaluate(server, None, PROBLEMS)] == [True, False, False]
+    assert all("messages" in request for request in state.requests)
+
+
+def test_local_model_needs_its_tokenizer():
+    with pytest.raises(TypeError, match="a local model needs its tokenizer, got None"):
+        evaluate(object(), None, PROBLEMS)
+
+
+def test_command_evaluates_a_server_under_a_guide(start, rows, tmp_path, capsys):
+    state, server = start("|".join(["word "] * 500))
+    out = tmp_path / "results.jsonl"
+    command = ["eval", "m", "--server", server.url, "--task", str(rows), "--budget", "400", "--minimum", "9", "--json"]
+    assert main([*command, "-o", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)[str(rows)]["n"] == 3
+    records = list(map(json.loads, out.read_text().splitlines()))
+    assert {record["decoding"]["guide"]["limits"]["budget"] for record in records} == {400}
+    assert {record["decoding"]["label"] for record in records} == {"m on a server"}
+    assert all(record["events"] for record in records) and all("prompt" in request for request in state.requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--minimum", "5"], "--minimum is for a guide, which needs a --budget in tokens"),
+        (["--verify-above", "0"], "--verify-above is for a guide"),
+        (["--budget", "500", "--max-new-tokens", "400"], "--budget limits the whole completion: leave out --max-new"),
+        (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
+        (["--tokenizer", "t"], "--tokenizer is for --server"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(rows, capsys, options, complaint):
+    assert main(["eval", "m", "--task", str(rows), *options]) == 2
+    assert complaint in capsys.readouterr().err
