@@ -365,7 +365,8 @@ class ServerSolver:
             except ServerError as error:
                 end_all()
                 written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
-                raise ServerError(str(error), error.status, written) from error
+                which = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
+                raise ServerError(f"{which}{error}", error.status, written) from error
             finally:
                 end_all()  # also after an interrupt
 

@@ -39,7 +39,7 @@ def test_interrupted_evaluation_of_a_server_resumes(start, tmp_path):
     state, server = start(FOUR, retries=0)
     keep, options = tmp_path / "results.jsonl", {"samples": 2, "temperature": 0.5, "batch_size": 1}
     state.faults = [None] * 3 + [500]
-    with pytest.raises(ServerError, match="500"):
+    with pytest.raises(ServerError, match=r"problem '1\+4\?': .* 500"):
         evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
     assert len(keep.read_text().splitlines()) == 2  # the two samples of the first problem
     seeds_of_second = lambda: {request["seed"] for request in state.requests if request["prompt"].startswith("1+4?")}  # noqa: E731
