@@ -11,6 +11,7 @@ The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, ou
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -27,7 +28,7 @@ from rbfast.models.experts import experts_in
 from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import stored_weight
-from rbfast.utils.files import atomic_write, write_text
+from rbfast.utils.files import atomic_write, resolve_target, write_text
 from rbfast.utils.records import check_numbers, from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -89,7 +90,8 @@ class AdapterConfig:
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """Writes both files, each atomically: a failure leaves no partial file.
+    """Writes both files, each atomically: a failure leaves no partial file, and never the tensors of one adapter with
+    the config of another.
 
     Raises ValueError for a delta that is not finite.
     """
@@ -267,10 +269,13 @@ def check_holds_no_model(directory: str | Path) -> None:
 
 def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     check_holds_no_model(directory)
-    directory = Path(directory)
-    with atomic_write(directory / TENSOR_FILE) as file:
+    config = Path(directory) / CONFIG_FILE
+    with atomic_write(Path(directory) / TENSOR_FILE) as file:
         file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))
-    write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # on an error until here, an older adapter stays whole
+        resolve_target(config).unlink(missing_ok=True)  # an older config must not be paired with these tensors
+    write_text(config, json.dumps(header, indent=1) + "\n")
 
 
 def _read_bytes(path: Path) -> bytes:

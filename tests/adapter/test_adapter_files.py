@@ -205,6 +205,24 @@ def test_missing_and_truncated_files_are_refused(tmp_path):
         adapter_files.read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("failing", ["seal", "write_text"])
+def test_failed_save_never_pairs_tensors_with_an_older_config(tmp_path, monkeypatch, failing):
+    saved(tmp_path, scale=0.25)
+    older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(adapter_files, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, scale=0.5)
+    if failing == "seal":  # no file was written
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
+    else:
+        with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: expected a file written by SparseAdapter"):
+            adapter_files.read_adapter(tmp_path)
+
+
 def test_matrix_shapes_of_every_kind_of_layer():
     assert linears.matrix_shape(nn.Linear(3, 5)) == (5, 3)
     assert linears.matrix_shape(Conv1D(5, 3)) == (5, 3)
