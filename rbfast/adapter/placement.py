@@ -173,7 +173,8 @@ def allocate(
     if _cost(shapes, rank, supports) > budget:
         raise ValueError(
             f"the budget is {budget:,} trained values; rank {rank} with {max(supports.values())} column(s) in each of "
-            f"{len(shapes)} matrices needs {_cost(shapes, rank, supports):,}; raise density, or name fewer targets"
+            f"{len(shapes)} matrices needs {_cost(shapes, rank, supports):,}; to train this model, raise density "
+            "(`rbfast distill --density`) or name fewer targets (`--targets`)"
         )
     if support is not None:
         return rank, supports

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model_for
+from tiny_models import llama
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -117,6 +118,15 @@ def test_info_of_a_model_reports_the_size_of_its_adapter(capsys: pytest.CaptureF
     output = call(capsys, "info", model_folder)[1]
     assert f"{facts['parameters']:,} parameters" in output
     assert f"({facts['share_of_base']:.1%})" in output
+
+
+def test_info_of_a_model_too_small_for_an_adapter_says_whose_options_help(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path)
+    code, out, err = call(capsys, "info", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "raise density (`rbfast distill --density`) or name fewer targets (`--targets`)" in err
 
 
 def test_from_traces_to_a_merged_model_and_a_lora(
