@@ -71,6 +71,7 @@ def ask_in_batches(
                 return f"the budget does not allow another question ({store.budget.describe()} so far)"
             batch = _create(api, requests, queue[0].options["max_tokens"], folder, report)
         refused |= _collect(api, wait_for_end(api, batch, report), requests, by_key, store)
+        store.sync()  # all replies at once: until `batch.json` is removed, they can be downloaded again
         (folder / BATCH).unlink()
         batch = None
 
@@ -169,6 +170,6 @@ def _collect(
 def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) -> None:
     """Store a reply, even without a job (from an earlier call with other options): it is paid for."""
     if job is not None:
-        store.add(job.record(reply), job.worst_case())
+        store.add(job.record(reply), job.worst_case(), sync=False)
     else:
-        store.add(reply_record(reply, key=key, problem=None, sample=None, worst=(0, 0)))
+        store.add(reply_record(reply, key=key, problem=None, sample=None, worst=(0, 0)), sync=False)

@@ -1,4 +1,4 @@
-"""Store a teacher's replies: each is written to disk and charged to the budget as soon as it arrives."""
+"""Store a teacher's replies: each is written to the file and charged to the budget as soon as it arrives."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,9 +65,10 @@ class ReplyStore:
     def has(self, key: str) -> bool:
         return key in self._replies
 
-    def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
-        """Store a reply and charge it to the budget. `worst`: the tokens that its request allowed, if known."""
-        self._keep(record, self._journal.append([record]))
+    def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None, *, sync: bool = True) -> None:
+        """Store a reply and charge it to the budget. `worst`: the tokens that its request allowed, if known. `sync`:
+        wait until it is on disk; otherwise call `sync` after the last reply."""
+        self._keep(record, self._journal.append([record], sync=sync))
         if worst is not None:
             self.budget.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking"):
@@ -80,6 +81,10 @@ class ReplyStore:
                 "a reply was cut at the token limit: it is paid for but gives no trace. If many are, stop and raise "
                 "max_tokens (--max-tokens): complete replies are not requested again"
             )
+
+    def sync(self) -> None:
+        """Wait until all replies are on disk."""
+        self._journal.sync()
 
     def _keep(self, record: dict[str, Any], offset: int) -> None:
         record = {name: value for name, value in record.items() if name not in _ONLY_ON_DISK}

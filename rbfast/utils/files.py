@@ -188,7 +188,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 class Journal:
-    """An append-only JSONL file of records (objects). Records are on disk when `append` returns."""
+    """An append-only JSONL file of records (objects). Records are on disk when `append` or `sync` returns."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -222,8 +222,11 @@ class Journal:
             file.seek(offset)
             return json.loads(file.readline())
 
-    def append(self, records: Iterable[Any]) -> int:
-        """Returns the offset of the first record. If the disk is full, the file stays as it was."""
+    def append(self, records: Iterable[Any], *, sync: bool = True) -> int:
+        """Returns the offset of the first record. If the disk is full, the file stays as it was.
+
+        sync: wait until the records are on disk. Otherwise call `sync` after the last of them.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(map(_line, records)).encode(_TEXT["encoding"], _TEXT["errors"])
         start = self.path.stat().st_size if self.path.exists() else 0
@@ -231,12 +234,19 @@ class Journal:
             with name_file_in_errors(self.path), self.path.open("ab") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
                 os.truncate(self.path, start)  # a record after half a record could not be read
             raise
         return start
+
+    def sync(self) -> None:
+        """Waits until all records are on disk."""
+        if self.path.exists():
+            with name_file_in_errors(self.path), self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def rewrite(self, records: Iterable[Any]) -> None:
         """Replaces all records by these, atomically."""

@@ -1,6 +1,7 @@
 """Questions sent through a batch API: each reply is paid for once, despite kills, refusals and expiry."""
 
 import json
+import os
 import threading
 import time
 import tracemalloc
@@ -112,6 +113,20 @@ def test_wait_for_a_batch_ends_after_ten_minutes_of_outage(tmp_path, monkeypatch
     assert least <= now[0] < most and (tmp_path / "batch.json").exists()
 
 
+def test_replies_of_a_batch_are_synced_together_before_it_is_forgotten(tmp_path, monkeypatch):
+    replies, synced, fsync = tmp_path / "replies.jsonl", [], os.fsync
+
+    def recording(file):
+        if replies.exists() and os.path.samestat(os.fstat(file), replies.stat()):
+            synced.append((replies.read_bytes(), (tmp_path / "batch.json").exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    with answering(Batches(solved)) as api:
+        in_batches(api, tmp_path, QUESTIONS[:6])
+    assert synced == [(replies.read_bytes(), True)] and replies.read_bytes().count(b"\n") == 6
+
+
 class Killed(BaseException):
     pass
 
@@ -142,10 +157,10 @@ def test_call_killed_while_writing_replies_resumes(tmp_path, monkeypatch):
 
     add = ReplyStore.add
 
-    def dying(store, *args):
+    def dying(store, *args, **options):
         if len(store) == 2:
             raise Killed
-        add(store, *args)
+        add(store, *args, **options)
 
     with answering(Batches(solved)) as api:
         with monkeypatch.context() as patch:
