@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -20,17 +21,23 @@ _TRAINING = threading.RLock()
 class DeviceArguments(TrainingArguments):
     """Trains on `train_device`.
 
+    ddp_timeout: seconds that processes wait for each other. In on-policy rounds one of them may wait an hour for the
+    teacher's server: five tries of a request, each with ten minutes of silence and a pause.
+
     By default the Trainer takes the first GPU, whatever device was requested, and wraps the model in nn.DataParallel if
     this process sees several GPUs.
     """
 
     train_device: str = "cpu"
+    ddp_timeout: int = 7200
 
     @cached_property
     def _setup_devices(self) -> torch.device:
         device = torch.device(self.train_device)
         self.use_cpu = device.type == "cpu"
         with sole_training(), _accelerate_on(device):
+            if self.use_cpu:  # the Trainer connects GPUs with ddp_timeout, but CPUs with torch's 30 minutes
+                PartialState(cpu=True, timeout=self.ddp_timeout_delta)
             super()._setup_devices  # noqa: B018  (it initialises torch.distributed)
         self._n_gpu = 0 if self.use_cpu else 1
         if device.type == "cuda":

@@ -17,9 +17,11 @@ from rbfast.on_policy import rounds as module
 from rbfast.on_policy import served_teacher
 from rbfast.on_policy.samples import Writing
 from rbfast.on_policy.served_teacher import ServedTeacher
+from rbfast.teacher import client
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer
 from rbfast.teacher.prompt_scores import BY_IDS
+from rbfast.training.arguments import DeviceArguments
 from rbfast.training.trainer import DistillTrainer
 
 
@@ -213,6 +215,12 @@ def test_processes_share_the_requests(tmp_path, server, monkeypatch):
             assert [np.any(example.labels != IGNORE) for example in rounds.examples] == [False, True, False, True]
             rounds.start(0, lambda _: None)
     assert len(server.requests) == 4 and all(np.any(example.labels != IGNORE) for example in rounds.examples)
+
+
+def test_processes_wait_for_all_retries_of_a_request(tmp_path):
+    usual = Server("http://localhost/v1", "any")
+    wait = DeviceArguments(str(tmp_path), report_to="none").ddp_timeout
+    assert wait > (1 + usual.retries) * (usual.timeout + client._LONGEST_PAUSE)
 
 
 @pytest.mark.parametrize("field", ["k", "concurrency"])

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER '{"job": {"batch_size": 2}}'
 
 A job is the name of a folder, with settings of DistillConfig or of `distill_tiny`. A failed job leaves error.txt there.
+FOLDER/timeout.txt says how long the processes wait for each other.
 """
 
 import gc
@@ -15,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from tiny_models import llama
 from tiny_tokenizers import byte_level
 
@@ -92,4 +94,6 @@ def main(folder, jobs):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    with patch.object(dist, "init_process_group", wraps=dist.init_process_group) as connect:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    (Path(sys.argv[1]) / "timeout.txt").write_text(str(connect.call_args.kwargs.get("timeout")))

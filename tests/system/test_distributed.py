@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from openai_server import serving
 from real_inputs import ROOT
 from safetensors.torch import load_file
 from tiny_models import llama
+
+from rbfast.training.arguments import DeviceArguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -107,6 +110,10 @@ def check_bits(found, expected):
     assert tensors.keys() == reference.keys()
     assert all(torch.equal(tensors[name], value) for name, value in reference.items())
     assert [entry["loss"] for entry in log] == [entry["loss"] for entry in other_log]
+
+
+def test_processes_wait_for_each_other_longer_than_by_default(first):
+    assert (first / "timeout.txt").read_text() == str(timedelta(seconds=DeviceArguments.ddp_timeout)) == "2:00:00"
 
 
 @pytest.mark.parametrize("name", ["two", "two-accumulating"])
