@@ -9,7 +9,7 @@ Matrices that read the same input (q, k, v; gate, up) form a group, found by wat
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -130,6 +130,11 @@ def score_columns(
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
     return ColumnScores(method, scored, loaded_name(base), scorer.shapes(), scorer.columns_on_cpu())
+
+
+def scoring_hooks(linears: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+    """The hooks of scoring by gradients within the block, to measure what they keep for a backward."""
+    return _Scorer(linears, "gradient").attached()
 
 
 def _read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

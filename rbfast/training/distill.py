@@ -46,7 +46,7 @@ from rbfast.training.distill_config import SCHEDULES, DistillConfig
 from rbfast.training.examples import check_positions, check_traces, encode_held_out, encode_traces, instruction_of
 from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
-from rbfast.training.plan import Plan, make_plan
+from rbfast.training.plan import Plan, make_plan, tokens_in
 from rbfast.training.resume import check_same_folder, check_same_run, digest_records, run_settings
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
@@ -305,8 +305,11 @@ def _plan_batches(
     examples = data.examples
     if config.tokens_per_batch is None:
         examples = sorted(examples, key=lambda one: -len(one.input_ids))
+    scored = 0
+    if config.placement in ("gradient", "factored"):
+        scored = max(map(tokens_in, _scored_batches(data.examples, config)))
     batches, left_out = _batches(examples, config), len(data.skipped)
-    return make_plan(model, adapter, batches, config.gradient_checkpointing, teacher, left_out, data.cache)
+    return make_plan(model, adapter, batches, config.gradient_checkpointing, teacher, left_out, data.cache, scored)
 
 
 def with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
@@ -396,8 +399,7 @@ def placement_scores(
     teacher: PreTrainedModel | None = None,
 ) -> ColumnScores:
     """Column scores by the gradient of the objective, measured on a seeded sample of the traces."""
-    chosen = random.Random(config.seed).sample(examples, min(config.placement_traces, len(examples)))
-    batches = [collate(batch) for batch in _batches(chosen, config)]
+    batches = list(map(collate, _scored_batches(examples, config)))
 
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
         batch = to_device(batch, model.device)
@@ -408,6 +410,11 @@ def placement_scores(
     packs(model)  # before scoring, which must not see its two test examples
     with checkpointing(model) if config.gradient_checkpointing else nullcontext():
         return score_columns(model, batches, loss, method=method, targets=config.targets)
+
+
+def _scored_batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequence[Example]]:
+    chosen = random.Random(config.seed).sample(examples, min(config.placement_traces, len(examples)))
+    return _batches(chosen, config)
 
 
 def _add_signals(

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from rbfast.adapter.column_delta import unhooked
+from rbfast.adapter.column_scores import scoring_hooks
 from rbfast.adapter.footprint import megabytes
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example
@@ -41,6 +43,8 @@ class Plan:
         kept_checkpointed: the same with gradient checkpointing; None if the model does not support it.
         loss: the logits of one chunk, and hidden states and their gradient.
         cache: the key-value cache while the student writes, in on-policy rounds; freed before it is trained.
+        scoring: activations and loss while columns are scored by gradients, without gradient checkpointing; freed
+            before the training. With gradient checkpointing scoring takes little more than the training, and it is 0.
         device, memory: the student's devices, and their memory together, None if unknown.
     """
 
@@ -60,6 +64,7 @@ class Plan:
     is_checkpointed: bool
     loss: int
     cache: int
+    scoring: int
     attention: str
     memory: int | None
 
@@ -69,8 +74,9 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """The memory needed at the largest batch, or while the student writes if that is more."""
-        return self.fixed + max(self._of_batch, self.cache)
+        """The memory needed at the largest batch, or while the student writes or its columns are scored, if that is
+        more."""
+        return self.fixed + max(self._of_batch, self.cache, self.scoring)
 
     @property
     def _of_batch(self) -> int:
@@ -95,6 +101,7 @@ class Plan:
             "activations": self._activations(),
             "loss": megabytes(self.loss),
             "writing": f"about {megabytes(self.cache)} of key-value cache, freed before the student is trained",
+            "scoring": f"about {megabytes(self.scoring)} to place the columns, freed before the student is trained",
             "attention": self.attention,
             "memory": self._memory(),
         }
@@ -102,6 +109,8 @@ class Plan:
             del rows["teacher"]
         if not self.cache:
             del rows["writing"]
+        if not self.scoring:
+            del rows["scoring"]
         if not self.left_out:
             del rows["left out"]
         return "\n".join(f"{name:12} {text}" for name, text in rows.items())
@@ -144,12 +153,14 @@ def make_plan(
     teacher: PreTrainedModel | None = None,
     left_out: int = 0,
     cache: int = 0,
+    scored: int = 0,
 ) -> Plan:
     """The plan for training `adapter`, attached to `model`, on these batches. Runs two short rows through the model.
 
-    cache: the bytes of the key-value cache while the student writes.
+    cache: the bytes of the key-value cache while the student writes. scored: the tokens of the largest batch that the
+    columns are scored on by gradients.
     """
-    sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
+    sizes = list(map(tokens_in, batches))
     footprint = adapter.footprint()
     per_token = _saved_bytes_per_token(model)
     layers = len(checkpointed_layers(model))
@@ -160,6 +171,17 @@ def make_plan(
     layer = per_token * largest // max(1, layers)
     inputs = layers * hidden * head.element_size() * largest
     teacher_vocabulary = 0 if teacher is None else head_of(teacher).weight.shape[0]
+
+    def loss_bytes(tokens: int) -> int:
+        logits = logits_bytes(tokens, vocabulary, model.device, teacher_vocabulary)
+        return logits + tokens * hidden * (2 * head.element_size() + 4)
+
+    scoring = 0
+    if scored and not is_checkpointed:
+        linears = {name: site.linear for name, site in adapter.sites().items()}
+        with unhooked(model), scoring_hooks(linears):  # columns are scored before the adapter is attached
+            while_scoring = _saved_bytes_per_token(model)
+        scoring = while_scoring * scored + per_token * scored // max(1, layers) + loss_bytes(scored)
     return Plan(
         device=", ".join(map(str, devices)),
         parameters=adapter.parameters_of_base,
@@ -175,13 +197,17 @@ def make_plan(
         kept=per_token * largest + layer,  # + the gradients of a layer
         kept_checkpointed=inputs + 2 * layer if layers and model.supports_gradient_checkpointing else None,
         is_checkpointed=is_checkpointed,
-        loss=logits_bytes(largest, vocabulary, model.device, teacher_vocabulary)
-        + largest * hidden * (2 * head.element_size() + 4),
+        loss=loss_bytes(largest),
         cache=cache,
+        scoring=scoring,
         attention=describe_attention(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
         memory=_memory_of(devices),
     )
+
+
+def tokens_in(batch: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in batch)
 
 
 def _saved_bytes_per_token(model: PreTrainedModel) -> int:

@@ -9,11 +9,14 @@ from tiny_models import family, llama
 from tiny_runs import TOKENIZER, TRACES
 from torch.autograd.graph import saved_tensors_hooks
 
+from rbfast.adapter.column_scores import score_columns
+from rbfast.adapter.footprint import megabytes
 from rbfast.data.encoding import collate, encode_all
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.student import final_hidden, packs
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.distill import DistillConfig, distill, plan_run
+from rbfast.training.distill import DistillConfig, _scored_batches, distill, plan_run
+from rbfast.training.plan import tokens_in
 
 CONFIG = DistillConfig(density=0.2, rank=3, tokens_per_batch=400)
 
@@ -106,6 +109,30 @@ def test_plan_counts_the_savings_of_checkpointing(model):
     assert without.kept_checkpointed == with_it.kept_checkpointed < 0.75 * without.kept
     assert with_it.needed < without.needed
     assert "(on)" in str(with_it) and "(on)" not in str(without)
+
+
+def test_plan_counts_what_scoring_by_gradients_keeps(model):
+    config = replace(CONFIG, density=0.05, rank=1)
+    by_gradient, examples, peaks = replace(config, placement="gradient"), encode_all(TRACES, TOKENIZER)[0], []
+    random, scored, checkpointed = (
+        plan_run(model, TOKENIZER, TRACES, other)
+        for other in (config, by_gradient, replace(by_gradient, gradient_checkpointing=True))
+    )
+    assert random.scoring == checkpointed.scoring == 0 and "to place the columns" not in str(random)
+    assert scored.needed == scored.fixed + scored.scoring > random.needed
+    assert f"scoring      about {megabytes(scored.scoring)} to place the columns" in str(scored)
+
+    def loss(model, batch):
+        hidden, kept_bytes = kept(model, batch)
+        peaks.append(kept_bytes)
+        return hidden.square().mean()
+
+    packs(model)
+    batches = _scored_batches(examples, by_gradient)
+    score_columns(model, batches, loss)
+    share = max(map(tokens_in, batches)) / scored.largest
+    layer = scored.kept / (1 + len(model.model.layers))
+    assert scored.scoring == pytest.approx(max(peaks) + share * (layer + scored.loss), rel=0.1)
 
 
 def test_plan_reports_whether_it_fits_and_what_would(model):
