@@ -117,8 +117,8 @@ def _rows_jsonl(path: Path, lenient: bool) -> Rows:
             where = f"{path}:{number}"
             if len(line) > _LONGEST_LINE:
                 raise TraceError(
-                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line, got more; write one trace a line, or "
-                    "remove this line if it is one"
+                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line, got more; write one trace a "
+                    "line, and leave out one that is longer"
                 )
             if line.strip():
                 try:
