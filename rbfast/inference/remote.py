@@ -116,7 +116,7 @@ def _one_stream(
     keep_special: bool,
 ) -> Order | None:
     """Stream text until an order, a probe, or the end of the requested tokens."""
-    allowed, before, written, reason = state.left, state.spent, 0, None
+    allowed, before, written, reported, reason = state.left, state.spent, 0, 0, None
     measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     if keep_special:
@@ -127,7 +127,8 @@ def _one_stream(
         for piece in _pieces(server, events):
             reason = piece.reason or reason
             # A piece is at least one token. Only counts that the server reports are checked; `count` is an estimate.
-            written = max(written + (piece.tokens or bool(piece.text)), piece.total)
+            reported = max(reported, piece.total)
+            written = max(written + (piece.tokens or bool(piece.text)), reported)
             _check(server, allowed, written)
             if not piece.text and not piece.tokens:
                 continue
@@ -146,9 +147,10 @@ def _one_stream(
         if fault := fault_of_finish(reason):
             raise ServerError(f"{server.url}: {fault}")
         return state.write("", max(0, written - (state.spent - before)), ended=True)
-    # All requested tokens are used up, even if there were fewer pieces.
-    rest = allowed - (state.spent - before)
-    return state.write("", rest) if rest else None
+    # Without a count, all requested tokens are used up, even if there were fewer pieces. A server whose context is full
+    # (llama.cpp) reports fewer.
+    rest = (reported or allowed) - (state.spent - before)
+    return state.write("", rest) if rest > 0 else None
 
 
 class _Piece(NamedTuple):

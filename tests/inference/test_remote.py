@@ -283,6 +283,16 @@ def test_reported_usage_corrects_the_count_of_pieces(start):
     assert write(server, PROMPT, guide()).tokens == 6
 
 
+def test_full_context_is_not_charged_as_written(start):
+    # llama.cpp ends the stream with "length" where its context ends, and refuses the next request.
+    state, server = start("|".join(["word "] * 10))
+    state.usage, state.finish, state.faults = "exact", "length", [None, 400]
+    with pytest.raises(ServerError, match="returned 400") as caught:
+        write(server, PROMPT, guide())
+    assert (caught.value.partial.tokens, caught.value.partial.events) == (10, ())
+    assert state.requests[1]["prompt"] == PROMPT + "word " * 10
+
+
 def test_inaccurate_token_count_is_not_blamed_on_the_server(start):
     _, server = start("|".join(["word "] * 90))
     solution = write(server, PROMPT, guide(budget=61), count=lambda text: 3)
