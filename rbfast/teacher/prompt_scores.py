@@ -24,6 +24,7 @@ from rbfast.utils.records import show
 Dialect = Literal["vllm", "sglang", "echo"]
 DIALECTS: tuple[Dialect, ...] = ("vllm", "sglang", "echo")
 BY_IDS: tuple[Dialect, ...] = ("vllm", "sglang")  # those that take token ids
+_NO_SUCH_PATH = (404, 405, 501)
 
 _Entry = Sequence[Any]  # SGLang's [log-prob, id, text]; the text may be null, and the log-prob is null for -inf
 
@@ -90,7 +91,13 @@ class PromptScorer:
             "top_logprobs_num": self.k,
             "return_text_in_logprobs": has_texts,
         }
-        found = self.server.ask("/../generate", prompt | body).get("meta_info") or {}
+        try:
+            found = self.server.ask("/../generate", prompt | body).get("meta_info") or {}
+        except ServerError as error:
+            if error.status not in _NO_SUCH_PATH:
+                raise
+            hint = f"dialect 'sglang' needs SGLang's own /generate; dialects: {', '.join(DIALECTS)}"
+            raise ServerError(f"{error}; {hint}", error.status) from error
         tops = self._require(found.get("input_top_logprobs"), "input_top_logprobs")
         return list(zip(found["input_token_logprobs"], tops, strict=True))
 

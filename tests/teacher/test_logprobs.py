@@ -329,6 +329,14 @@ def test_server_that_scores_no_prompts_is_reported(tmp_path, dialect, wanted):
             add_server_logprobs(server.client(), TRACES, TOKENIZER, store, dialect=dialect)
 
 
+def test_server_without_generate_is_no_sglang(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        server.faults = [404]
+        with pytest.raises(ServerError, match=r"returned 404: .*needs SGLang's own /generate; dialects") as caught:
+            add_server_logprobs(server.client(), TRACES, TOKENIZER, store, dialect="sglang", concurrency=1)
+    assert caught.value.status == 404
+
+
 def test_sglang_shows_texts_for_the_first_prompts_only(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         assert add_server_logprobs(server.client(), TRACES, TOKENIZER, store, dialect="sglang", concurrency=1) == []
