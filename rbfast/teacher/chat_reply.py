@@ -92,7 +92,7 @@ def fault_of_finish(reason: str | None) -> str | None:
     if not lowered or lowered in FINISHED:
         return None
     if is_cut(reason):
-        return "the reply was cut at the token limit; raise max_tokens"
+        return "the reply was cut at the token limit; raise max_tokens, or the server's context if that is shorter"
     if lowered == "model_length":
         return "the reply was cut at the model's own limit (finish_reason 'model_length'); take a shorter problem"
     return f"the server ended the reply with finish_reason {reason!r}, expected 'stop'"

@@ -79,7 +79,8 @@ class ReplyStore:
         if is_cut(record["finish_reason"]):
             self._warn(
                 "a reply was cut at the token limit: it is paid for but gives no trace. If many are, stop and raise "
-                "max_tokens (--max-tokens): complete replies are not requested again"
+                "max_tokens (--max-tokens), or the server's context if that is shorter: complete replies are not "
+                "requested again"
             )
 
     def sync(self) -> None:

@@ -69,7 +69,7 @@ def test_unclosed_thinking_is_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("reason", "message"),
     [
-        ("length", "cut at the token limit; raise max_tokens"),
+        ("length", "cut at the token limit; raise max_tokens, or the server's context"),
         ("max_tokens", "cut at the token limit"),
         ("MAX_TOKENS", "cut at the token limit"),
         ("model_length", "the model's own limit"),
