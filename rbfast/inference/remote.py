@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _CANDIDATES = 5  # log-probs per token; every server supports this many
 _NO_COMPLETIONS = (404, 405, 501)
+_MOST_FAILURES = 8  # problems in a row that may fail
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
@@ -335,7 +336,9 @@ class ServerSolver:
             listen: as in `Solver.solve`.
 
         Raises:
-            ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem.
+            ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
+                raised after the other problems are solved, or at once if none has been solved yet or eight problems in
+                a row failed.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
@@ -349,28 +352,36 @@ class ServerSolver:
             votes[i].take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
-        def end_all() -> None:
-            for vote in votes:
-                vote.over.set()
-
+        failed: dict[int, ServerError] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:
             jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
             problem_of = {job: i for i, row in enumerate(jobs) for job in row}
-            left = [sampling.samples] * len(problems)
+            left, in_a_row = [sampling.samples] * len(problems), _MOST_FAILURES - 1  # the first may end it all
             try:
                 for job in as_completed(problem_of):
                     i = problem_of[job]
-                    job.result()
                     left[i] -= 1
-                    if not left[i]:
+                    try:
+                        job.result()
+                    except ServerError as error:
+                        failed.setdefault(i, error)
+                        votes[i].over.set()
+                    if left[i]:
+                        continue
+                    in_a_row = in_a_row + 1 if i in failed else 0
+                    if in_a_row == _MOST_FAILURES:
+                        break
+                    if i not in failed:
                         yield i, [job.result() for job in jobs[i]]
-            except ServerError as error:
-                end_all()
-                written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
-                which = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
-                raise ServerError(f"{which}{error}", error.status, written) from error
-            finally:
-                end_all()  # also after an interrupt
+            finally:  # also after an interrupt
+                for vote in votes:
+                    vote.over.set()
+        if failed:
+            i, first = next(iter(failed.items()))
+            written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
+            which = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
+            more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+            raise ServerError(f"{which}{first}{more}", first.status, written) from first
 
     def _solve_sample(
         self,

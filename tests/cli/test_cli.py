@@ -420,7 +420,7 @@ def test_eval_resumes_only_from_the_same_weights(
         str(tmp_path / "o.jsonl"),
     ]
     assert [call(capsys, *command)[0] for _ in range(2)] == [0, 0]
-    args = SimpleNamespace(model=str(weights.parent), dtype=None, load_in=None, adapter=None)
+    args = SimpleNamespace(model=str(weights.parent), dtype=None, load_in=None, server=None, adapter=None)
     quantised = SimpleNamespace(**vars(args) | {"load_in": "4bit"})
     assert _label(args) != _label(quantised)
     assert _label(args) != _label(SimpleNamespace(**vars(args) | {"dtype": "bfloat16"}))

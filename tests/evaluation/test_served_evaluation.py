@@ -38,16 +38,38 @@ def test_served_model_is_evaluated_and_graded(start):
 def test_interrupted_evaluation_of_a_server_resumes(start, tmp_path):
     state, server = start(FOUR, retries=0)
     keep, options = tmp_path / "results.jsonl", {"samples": 2, "temperature": 0.5, "batch_size": 1}
-    state.faults = [None] * 3 + [500]
+    state.faults = [None] * 3 + [500] + [None] * 2
     with pytest.raises(ServerError, match=r"problem '1\+4\?': .* 500"):
         evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
-    assert len(keep.read_text().splitlines()) == 2  # the two samples of the first problem
+    assert len(keep.read_text().splitlines()) == 4  # the samples of the other two problems
     seeds_of_second = lambda: {request["seed"] for request in state.requests if request["prompt"].startswith("1+4?")}  # noqa: E731
     seeds = seeds_of_second()
     state.requests.clear()
     results = evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
-    assert len(results) == 6 and len(state.requests) == 4
+    assert len(results) == 6 and len(state.requests) == 2
     assert len(seeds) == 2 and seeds_of_second() == seeds
+
+
+def test_refused_problem_does_not_stop_the_others(start, tmp_path):
+    state, server = start(FOUR)
+    keep, problems = tmp_path / "results.jsonl", [Problem("file", f"{a}+4?", "4", {}) for a in range(6)]
+    state.faults = [None, 400, None, 400]
+    with pytest.raises(ServerError, match=r"problem '1\+4\?': .* 400.* \(and 1 more failed\)"):
+        evaluate(server, tiny_tokenizer(), problems, keep=keep, batch_size=1)
+    assert len(keep.read_text().splitlines()) == 4
+    state.requests.clear()
+    assert all(result.correct for result in evaluate(server, tiny_tokenizer(), problems, keep=keep))
+    assert {request["prompt"][0] for request in state.requests} == {"1", "3"}
+
+
+@pytest.mark.parametrize(("solved", "requests"), [(0, 1), (1, 9)], ids=["none solved", "eight in a row"])
+def test_server_that_refuses_everything_ends_the_evaluation(start, solved, requests):
+    state, server = start(FOUR)
+    state.faults = [None] * solved + [401] * 40
+    problems = [Problem("file", f"{a}+4?", "4", {}) for a in range(40)]
+    with pytest.raises(ServerError, match="returned 401"):
+        evaluate(server, tiny_tokenizer(), problems, batch_size=1)
+    assert requests <= len(state.requests) < requests + 8  # those sent before the failures were seen
 
 
 def test_served_model_is_evaluated_under_a_guide(start, tmp_path):
