@@ -286,7 +286,8 @@ def _eval_limits(args: argparse.Namespace) -> "Limits | None":
 def _label(args: argparse.Namespace) -> str:
     """A label for the evaluated model and adapter. The modification times in it change if they are retrained."""
     if args.server:
-        return f"{args.model} on a server"  # at any URL: a restarted server may have another
+        template = f", tokenizer {args.tokenizer}" if args.tokenizer else ""
+        return f"{args.model} on a server{template}"  # at any URL: a restarted server may have another
     names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
