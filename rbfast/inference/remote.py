@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _CANDIDATES = 5  # log-probs per token; every server supports this many
 _NO_COMPLETIONS = (404, 405, 501)
-_MOST_FAILURES = 8  # problems in a row that may fail
+_MOST_FAILURES = 8  # problems in a row: then the server is at fault, not the problems
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
@@ -337,8 +337,7 @@ class ServerSolver:
 
         Raises:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
-                raised after the other problems are solved, or at once if none has been solved yet or eight problems in
-                a row failed.
+                raised after the other problems are solved, or once eight in a row have failed.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
@@ -356,7 +355,7 @@ class ServerSolver:
         with ThreadPoolExecutor(self.concurrency) as pool:
             jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
             problem_of = {job: i for i, row in enumerate(jobs) for job in row}
-            left, in_a_row = [sampling.samples] * len(problems), _MOST_FAILURES - 1  # the first may end it all
+            left, in_a_row = [sampling.samples] * len(problems), 0
             try:
                 for job in as_completed(problem_of):
                     i = problem_of[job]
