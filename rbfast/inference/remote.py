@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -376,11 +376,7 @@ class ServerSolver:
                 for vote in votes:
                     vote.over.set()
         if failed:
-            i, first = next(iter(failed.items()))
-            written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
-            which = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
-            more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
-            raise ServerError(f"{which}{first}{more}", first.status, written) from first
+            raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
 
     def _solve_sample(
         self,
@@ -451,6 +447,17 @@ class _RunningVote:
             self._answers.append(answer)
             if self._early_stop and decided(self._answers, self._samples - len(self._answers)):
                 self.over.set()
+
+
+def _summary_of(
+    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Sequence[Future[Solution]]]
+) -> ServerError:
+    """The error of the first problem that failed, with the solutions so far of its samples, which have ended."""
+    i, first = next(iter(failed.items()))
+    name = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
+    more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+    written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
+    return ServerError(f"{name}{first}{more}", first.status, written)
 
 
 def _partial_solution(future: Future[Solution]) -> Solution | None:
