@@ -391,7 +391,7 @@ def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
 def unhooked(model: nn.Module) -> Iterator[None]:
     """Removes the hooks of folded deltas within the block, so that a forward costs what the base's does.
 
-    Only for forwards without gradients: a backward would give the adapter none. Optimizer steps and load_state_dict()
+    Not for a backward, which would give the adapter no gradients. Optimizer steps and load_state_dict()
     fold as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _ALL = "all"  # the value of -n for every problem of a task
 _PROBLEMS = 50  # problems per task without -n
 _TOKENS = 512  # tokens per completion without --max-new-tokens
-_LIMITS = {"budget": None, "minimum": 0, "maximum": None, "verify_above": None, "probe_every": 0}  # and if not given
+_NO_LIMITS = {"budget": None, "minimum": 0, "maximum": None, "verify_above": None, "probe_every": 0}
 
 
 def add_solve(sub: argparse.ArgumentParser) -> None:
@@ -73,12 +73,14 @@ def _add_limits(sub: argparse._ActionsContainer, budget: int | None, default: st
 def _limits(args: argparse.Namespace) -> "Limits":
     from rbfast.inference.guide import Limits
 
-    return Limits(**{name: getattr(args, name) for name in _LIMITS})
+    return Limits(**{name: getattr(args, name) for name in _NO_LIMITS})
 
 
 def _check_server(args: argparse.Namespace) -> None:
     if args.server and args.adapter:
         raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
+    if args.server and (args.load_in or args.dtype):
+        raise ValueError(f"--{'load-in' if args.load_in else 'dtype'} is for a local model: a server has its own")
     if args.tokenizer and not args.server:
         raise ValueError("--tokenizer is for --server: a local model uses its own tokenizer, so leave it out")
 
@@ -126,16 +128,16 @@ def run_solve(args: argparse.Namespace) -> int:
 def _server_solver(args: argparse.Namespace) -> "Solver":
     from rbfast.inference.remote import ServerSolver
 
-    if not args.tokenizer:
-        print("no --tokenizer: the prompt is plain text, not the model's chat template", file=sys.stderr)
-    server, tokenizer = _load_server(args)
+    server, tokenizer = _load_server(args, guided=True)
     return ServerSolver(server, tokenizer, args.concurrency, instruction_of(args, args.tokenizer))
 
 
-def _load_server(args: argparse.Namespace) -> "tuple[Server, PreTrainedTokenizerBase | None]":
+def _load_server(args: argparse.Namespace, guided: bool) -> "tuple[Server, PreTrainedTokenizerBase | None]":
     from rbfast.models.student import load_tokenizer
     from rbfast.teacher.client import Server
 
+    if guided and not args.tokenizer:
+        print("no --tokenizer: the prompt is plain text, not the model's chat template", file=sys.stderr)
     return Server(args.server, args.model), load_tokenizer(args.tokenizer) if args.tokenizer else None
 
 
@@ -204,7 +206,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, help=f"tokens per completion, at most (default: {_TOKENS}, or --budget)"
     )
     sub.add_argument(
-        "--batch-size", type=int, default=32, help="completions, or requests to a server, at a time (default: 32)"
+        "--batch-size", type=positive, default=32, help="completions, or requests to a server, at a time (default: 32)"
     )
     sub.add_argument(
         "-o",
@@ -241,7 +243,7 @@ def run_eval(args: argparse.Namespace) -> int:
     _check_server(args)
     sampling, limits = _sampling(args), _eval_limits(args)
     problems = {task: _problems(args, task) for task in args.task}
-    model, tokenizer = _load_server(args) if args.server else _load_local(args)
+    model, tokenizer = _load_server(args, guided=limits is not None) if args.server else _load_local(args)
     instruction = instruction_of(args, *([args.tokenizer] if args.server else [args.adapter, args.model]))
     guide = Guide(limits, phrases_for(tokenizer, instruction)) if limits else None
     results = {}
@@ -275,7 +277,7 @@ def run_eval(args: argparse.Namespace) -> int:
 def _eval_limits(args: argparse.Namespace) -> "Limits | None":
     """The limits of the guide; None without --budget."""
     if args.budget is None:
-        if given := [name for name, absent in _LIMITS.items() if getattr(args, name) != absent]:
+        if given := [name for name, absent in _NO_LIMITS.items() if getattr(args, name) != absent]:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a guide, which needs a --budget in tokens")
         return None
     if args.max_new_tokens is not None:

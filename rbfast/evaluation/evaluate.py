@@ -106,7 +106,7 @@ def evaluate(
     """
     settings = Decoding(**decoding)
     if keep is not None:
-        check_output(keep)  # fail now, not after the first batch
+        check_output(keep)  # fail now, not after the first problem
     store = _ResultsFile(Path(keep), settings) if keep is not None else None
     done: dict[_Identity, list[Result]] = {}
     if store:
@@ -166,7 +166,7 @@ _RECORD |= {"score": (int, float), "sample": int}
 
 
 class _ResultsFile:
-    """A results file that grows by one batch at a time."""
+    """A results file that grows by one problem at a time."""
 
     def __init__(self, path: Path, decoding: Decoding) -> None:
         self.journal, self.decoding = Journal(path), decoding

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -34,14 +35,13 @@ from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution, check_
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
-from rbfast.teacher.client import IncompleteReply, Server, ServerError, pause_after
+from rbfast.teacher.client import NO_SUCH_PATH, REFUSED, IncompleteReply, Server, ServerError, pause_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CANDIDATES = 5  # log-probs per token; every server supports this many
-_NO_COMPLETIONS = (404, 405, 501)
-_MOST_FAILURES = 8  # problems in a row: then the server is at fault, not the problems
+_MOST_FAILURES = 8  # in a row, refused problems aside: then the server is at fault
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
@@ -281,7 +281,8 @@ class ServerSolver:
 
     Args:
         tokenizer: of the served model, for its chat template and to count tokens. Without it, the prompt is plain text,
-            and an inserted text counts as one token per byte.
+            and an inserted text counts as one token per byte; if there is nothing for a guide to insert or measure, the
+            chat API is used instead.
         concurrency: the most requests at a time.
         instruction: what follows a problem; None: the tokenizer's default, or `ANSWER` without a tokenizer.
 
@@ -329,7 +330,8 @@ class ServerSolver:
         """Yields the index of a problem and its samples, as soon as all of them are written.
 
         Sample i has the seed `seed + i`, within 31 bits. The chat API is used if the server has no completions (404,
-        405, 501), or if there is neither a tokenizer nor anything for a guide to insert or measure.
+        405, 501), without guidance and with a warning, or if there is neither a tokenizer nor anything for a guide to
+        insert or measure.
 
         Args:
             systems: the system prompt of each problem; None for the instruction's.
@@ -337,7 +339,8 @@ class ServerSolver:
 
         Raises:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
-                raised after the other problems are solved, or once eight in a row have failed.
+                raised after the other problems are solved, or once eight in a row have failed for another reason than
+                a refusal (400, 413, 422).
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
@@ -352,11 +355,11 @@ class ServerSolver:
             return solution
 
         failed: dict[int, ServerError] = {}
+        left, in_a_row = [sampling.samples] * len(problems), 0
         with ThreadPoolExecutor(self.concurrency) as pool:
-            jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
-            problem_of = {job: i for i, row in enumerate(jobs) for job in row}
-            left, in_a_row = [sampling.samples] * len(problems), 0
             try:
+                jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
+                problem_of = {job: i for i, row in enumerate(jobs) for job in row}
                 for job in as_completed(problem_of):
                     i = problem_of[job]
                     left[i] -= 1
@@ -367,11 +370,13 @@ class ServerSolver:
                         votes[i].over.set()
                     if left[i]:
                         continue
-                    in_a_row = in_a_row + 1 if i in failed else 0
-                    if in_a_row == _MOST_FAILURES:
-                        break
                     if i not in failed:
+                        in_a_row = 0
                         yield i, [job.result() for job in jobs[i]]
+                    elif failed[i].status not in REFUSED:
+                        in_a_row += 1
+                        if in_a_row == _MOST_FAILURES:
+                            break
             finally:  # also after an interrupt
                 for vote in votes:
                     vote.over.set()
@@ -394,8 +399,10 @@ class ServerSolver:
             special = self._closes_by_special(guide)
             return write(server, prompt, guide, count=count, listen=listen, abandoned=abandoned, keep_special=special)
         except ServerError as error:
-            if error.status not in _NO_COMPLETIONS:
+            if error.status not in NO_SUCH_PATH:
                 raise
+            if not guide.passive:
+                warnings.warn(f"{server.url} only chats: it gets the budget, but no guidance", stacklevel=2)
             return self._chat(asked, guide, server, listen)
 
     def _chat(self, asked: _Asked, guide: Guide, server: Server, listen: Callable[[str, str], None] | None) -> Solution:

@@ -133,7 +133,8 @@ class Solver(Protocol):
 
         Args:
             listen: called with (problem index, kind, text) for each piece as it is written; kind is `think`, `answer`
-                or an intervention's. Only for one sample per problem.
+                or an intervention's. Only for one sample per problem. The pieces of problems that are solved at the
+                same time alternate; over a server they come from several threads.
         """
         ...
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 INVALID = (400, 422)  # statuses of an invalid request
+REFUSED = (*INVALID, 413)  # statuses of a refusal that concerns this request alone
+NO_SUCH_PATH = (404, 405, 501)
 SHOWN = 500  # characters of a refusal shown in messages
 CONNECTING = 10.0  # seconds to connect
 PATIENCE = 600.0  # seconds that a teacher may be busy or unreachable after it has answered

@@ -18,13 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rbfast.teacher.align import Piece
-from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.client import NO_SUCH_PATH, Server, ServerError
 from rbfast.utils.records import show
 
 Dialect = Literal["vllm", "sglang", "echo"]
 DIALECTS: tuple[Dialect, ...] = ("vllm", "sglang", "echo")
 BY_IDS: tuple[Dialect, ...] = ("vllm", "sglang")  # those that take token ids
-_NO_SUCH_PATH = (404, 405, 501)
 
 _Entry = Sequence[Any]  # SGLang's [log-prob, id, text]; the text may be null, and the log-prob is null for -inf
 
@@ -94,7 +93,7 @@ class PromptScorer:
         try:
             found = self.server.ask("/../generate", prompt | body).get("meta_info") or {}
         except ServerError as error:
-            if error.status not in _NO_SUCH_PATH:
+            if error.status not in NO_SUCH_PATH:
                 raise
             hint = f"dialect 'sglang' needs SGLang's own /generate; dialects: {', '.join(DIALECTS)}"
             raise ServerError(f"{error}; {hint}", error.status) from error

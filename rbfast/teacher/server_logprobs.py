@@ -24,7 +24,7 @@ from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore, example_key
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
-from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.client import REFUSED, Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces, try_to_add
 from rbfast.teacher.prompt_scores import BY_IDS, DIALECTS, Dialect, PromptScorer
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _Row = tuple[int, list[int], list[float]]  # row of the example, ids, log-probs
 _Result = tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError
-_REFUSED = (400, 413, 422)  # a refusal with these statuses concerns only this trace
 
 
 def add_server_logprobs(
@@ -204,7 +203,7 @@ class _Reader:
         except TokenizersDiffer:
             raise
         except ServerError as error:
-            if error.status not in _REFUSED:
+            if error.status not in REFUSED:
                 raise
             return error
         except ValueError as error:

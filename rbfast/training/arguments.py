@@ -21,11 +21,12 @@ _TRAINING = threading.RLock()
 class DeviceArguments(TrainingArguments):
     """Trains on `train_device`.
 
-    ddp_timeout: seconds that processes wait for each other. In on-policy rounds one of them may wait an hour for the
-    teacher's server: five tries of a request, each with ten minutes of silence and a pause.
-
     By default the Trainer takes the first GPU, whatever device was requested, and wraps the model in nn.DataParallel if
     this process sees several GPUs.
+
+    Args:
+        ddp_timeout: seconds that processes wait for each other. In on-policy rounds one of them may wait an hour for
+            the teacher's server: five tries of a request, each with ten minutes of silence and a pause.
     """
 
     train_device: str = "cpu"

@@ -62,6 +62,24 @@ def test_refused_problem_does_not_stop_the_others(start, tmp_path):
     assert {request["prompt"][0] for request in state.requests} == {"0", "3"}
 
 
+def test_many_refused_problems_do_not_stop_the_others(start, tmp_path):
+    """Refusals come before anything is solved."""
+    state, server = start(FOUR)
+    keep, problems = tmp_path / "results.jsonl", [Problem("file", f"{a}+4?", "4", {}) for a in range(40)]
+    state.faults = [422] * 20
+    with pytest.raises(ServerError, match=r"\(and 19 more failed\)"):
+        evaluate(server, tiny_tokenizer(), problems, keep=keep, batch_size=4)
+    assert len(keep.read_text().splitlines()) == 20
+
+
+def test_chat_only_server_cannot_be_guided(start):
+    state, server = start(FOUR)
+    state.completions = False
+    guide = Guide(Limits(150, reserve=90), Phrases("<answer>", "</answer>"))
+    with pytest.warns(UserWarning, match="only chats: it gets the budget, but no guidance"):
+        evaluate(server, tiny_tokenizer(), PROBLEMS, guide=guide)
+
+
 @pytest.mark.parametrize(("solved", "requests"), [(0, 8), (1, 9)], ids=["none solved", "one solved"])
 def test_server_that_refuses_everything_ends_the_evaluation(start, solved, requests):
     state, server = start(FOUR)
@@ -111,6 +129,7 @@ def test_command_evaluates_a_server_under_a_guide(start, rows, tmp_path, capsys)
         (["--verify-above", "0"], "--verify-above is for a guide"),
         (["--budget", "500", "--max-new-tokens", "400"], "--budget limits the whole completion: leave out --max-new"),
         (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
+        (["--server", "http://127.0.0.1:9/v1", "--load-in", "4bit"], "--load-in is for a local model: a server has"),
         (["--tokenizer", "t"], "--tokenizer is for --server"),
     ],
 )
