@@ -288,8 +288,11 @@ def plan_examples(
     if adapter is not None:
         _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, data.examples, replace(config, placement="random"), teacher, adapter)
+    scored = 0
+    if config.placement in ("gradient", "factored"):
+        scored = max(map(tokens_in, _scored_batches(data.examples, config)))
     try:
-        return _plan_batches(model, attached, data, config, teacher)
+        return _plan_batches(model, attached, data, config, teacher, scored)
     finally:
         attached.detach()
 
@@ -300,14 +303,15 @@ def _plan_batches(
     data: TrainingData,
     config: DistillConfig,
     teacher: PreTrainedModel | None,
+    scored: int = 0,
 ) -> Plan:
-    """The plan of a run. Without tokens_per_batch it batches the longest traces together, which is the worst case."""
+    """The plan of a run. Without tokens_per_batch it batches the longest traces together, which is the worst case.
+
+    scored: as in `make_plan`; 0 once the columns are placed.
+    """
     examples = data.examples
     if config.tokens_per_batch is None:
         examples = sorted(examples, key=lambda one: -len(one.input_ids))
-    scored = 0
-    if config.placement in ("gradient", "factored"):
-        scored = max(map(tokens_in, _scored_batches(data.examples, config)))
     batches, left_out = _batches(examples, config), len(data.skipped)
     return make_plan(model, adapter, batches, config.gradient_checkpointing, teacher, left_out, data.cache, scored)
 
