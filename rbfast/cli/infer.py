@@ -47,7 +47,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     _add_server(sub)
     sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
-    _add_limits(sub, 1024, "1024")
+    _add_limits(sub, budget=1024)
     _add_sampling(sub, "completions that vote on the answer (default: 1)")
     add_instruction(sub, TRAINED_WITH)
 
@@ -57,10 +57,11 @@ def _add_server(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokenizer", metavar="NAME", help="hub id or folder of the served model, for its chat template")
 
 
-def _add_limits(sub: argparse._ActionsContainer, budget: int | None, default: str) -> None:
-    """The options for the limits of a guide; `default` describes `budget`, which None leaves open."""
+def _add_limits(sub: argparse._ActionsContainer, budget: int | None) -> None:
+    """The options for the limits of a guide. budget: the default; None: no guide."""
+    shown = "no guide" if budget is None else budget
     sub.add_argument(
-        "--budget", type=int, default=budget, help=f"most tokens in all, thinking and answer (default: {default})"
+        "--budget", type=int, default=budget, help=f"most tokens in all, thinking and answer (default: {shown})"
     )
     sub.add_argument("--minimum", type=int, default=0, help="fewest tokens of thinking (default: 0)")
     sub.add_argument("--maximum", type=int, help="most tokens of thinking (default: all not reserved for the answer)")
@@ -216,7 +217,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     )
     add_instruction(sub, TRAINED_WITH)
     guided = sub.add_argument_group("guided", "with --budget, a guide steers the thinking: docs/guidance.md")
-    _add_limits(guided, None, "no guide")
+    _add_limits(guided, budget=None)
     add_formats(sub)
 
 
