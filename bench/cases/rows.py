@@ -11,7 +11,7 @@ from harness import Step
 from registry import Bar, Case, Contest, Place
 
 from rbfast import ops
-from rbfast.loss.chunked_loss import row_width
+from rbfast.loss.chunking import row_width
 
 SHAPES = ((1024, 128256), (4096, 49152))
 ODD = (4096, 50257)  # GPT-2's vocabulary, not a multiple of 2
@@ -39,7 +39,7 @@ def copy_of(n_bytes: int, device: str) -> Step:
 def make(place: Place, rows: int, V: int, name: str) -> Contest:
     beta, signal, share = KINDS[name]
     rows, V = place.size(rows, 16), place.size(V, 512)
-    width = row_width(V)
+    width = row_width(V, place.device != "cpu")
     logits = 3 * place.draw(rows, width, dtype=torch.float32)
     teacher = (logits + 0.1 * place.draw(rows, width, dtype=torch.float32, seed=1))[:, :V]
     logits = logits[:, :V]

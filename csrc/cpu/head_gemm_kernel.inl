@@ -146,12 +146,12 @@ static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64
   });
 }
 
-// Prefetches the cache lines of the next panel of B, one by one while tiles are computed: all at once they would fill
-// the core's miss buffers and stall it.
+// Prefetches the cache lines of the next panel of B, evenly while tiles are computed: all at once they would fill the
+// core's miss buffers and stall it, and a prefetch every four words made products 17% slower on a Zen 3.
 struct Ahead {
   const char* run;  // `length` contiguous bytes; `runs` such stretches are left
   int64_t at, length, stride, runs;
-  int64_t every;  // words of k between two prefetches, so that the last tile completes them
+  int64_t every;  // words of k between two prefetches: the last tile completes them
 
   inline void ask() {
     if (runs <= 0) return;
@@ -174,9 +174,9 @@ static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, in
               along_k ? depth * bytes : outers * bytes,
               (along_k ? x.outer_stride : x.k_stride) * bytes,
               along_k ? outers : depth,
-              4};
+              1};
   const int64_t lines = (ahead.length + 63) / 64 * ahead.runs, asked = words(depth) * tiles;
-  if (asked < lines * ahead.every) ahead.every = asked < 2 * lines ? 1 : asked / lines;
+  if (asked > lines) ahead.every = asked / lines;
   return ahead;
 }
 
@@ -198,9 +198,11 @@ static inline void tile(const Word* a, Panel b, int64_t count, float* c, int64_t
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j)
       sums[i][j] = update == Update::resume ? load_lanes(c + i * ldc + j * kLanes) : Lanes{};
-  int64_t k = 0;
-  for (int line = 0; k < count; ++line) {
-    if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * ldc + j * kLanes, 1);
+  for (int64_t k = 0; k < count;) {
     ahead.ask();
     for (const int64_t stop = smaller(k + ahead.every, count); k < stop; ++k) {
       const Word* word_of_b = kPicked ? b.words + b.places[k] * kColumns : b.words + k * kColumns;

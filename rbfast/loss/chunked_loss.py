@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rbfast import ops
 from rbfast.loss import workspace
-from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
+from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head, row_width
 from rbfast.loss.parameters import RowParameter
 from rbfast.loss.row_groups import ActiveRows, RowGroup
 from rbfast.loss.teacher_signal import Dense, TopK
@@ -27,7 +27,6 @@ from rbfast.ops.dtypes import wide_dtype
 HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
 _ZERO_WEIGHT = RowParameter(None, 0.0)
-ROW_UNIT = 32  # values: 128 bytes of fp32 logits (a GPU cache line, two of a CPU), 64 bytes of a bf16 gradient
 
 
 class HeadProducts(Protocol):
@@ -93,6 +92,7 @@ class _ChunkedLoss:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossJob, wanted: tuple[bool, bool, bool]
     ) -> None:
         self.job, self.hidden, self.weight = job, hidden, weight
+        self.is_gpu = _is_gpu(hidden)
         self.dtype = wide_dtype(hidden.dtype)
         self.ops: LossOps = reference if self.dtype == torch.float64 else ops
         self.products: HeadProducts = self.ops
@@ -104,7 +104,8 @@ class _ChunkedLoss:
         extra_columns = 0
         for group in job.active.groups:
             extra_columns = max(extra_columns, group.extra_columns(weight.shape[0]))
-        self.widths = row_width(weight.shape[0]), row_width(extra_columns)  # of logits, and of extra logits
+        V = weight.shape[0]
+        self.widths = row_width(V, self.is_gpu), row_width(extra_columns, self.is_gpu)  # of logits, and of extra logits
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         self.extra: Tensor | None = None
         self.d_hidden: Tensor | None = None  # allocated when first needed
@@ -116,7 +117,7 @@ class _ChunkedLoss:
     def _choose_chunking(self, trains_head: bool) -> Chunking:
         rows, size = self.job.active.size, self.dtype.itemsize
         own, extra, requested = size * self.widths[0], size * self.widths[1], self.job.chunk_rows
-        if not _is_gpu(self.hidden):
+        if not self.is_gpu:
             budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
             return chunk_on_cpu(rows, own + extra, requested, budget)
         if trains_head and self.is_narrow:
@@ -146,7 +147,7 @@ class _ChunkedLoss:
     def _allocate_and_run(self) -> None:
         V, (chunk, _, rows, *_), (width, extra_width) = self.weight.shape[0], self.chunking, self.widths
         size = (chunk * width + rows * extra_width) * self.dtype.itemsize
-        if _is_gpu(self.hidden) or size < workspace.MIN_KEPT:
+        if self.is_gpu or size < workspace.MIN_KEPT:
             logits = self.hidden.new_empty(chunk, width, dtype=self.dtype)
             extra = self.hidden.new_empty(rows, extra_width, dtype=self.dtype) if extra_width else None
             return self._run_chunks(_columns(logits, V), extra)
@@ -205,7 +206,7 @@ class _ChunkedLoss:
             losses = self._run_op_at_temperature(group.signal.temperature, start, stop, z, out, signal)
         else:
             losses = self._run_op(start, stop, z, out, signal, job.kl_weight, job.ce_weight, job.temperature)
-            if signal[2] is not None and not _is_gpu(z):
+            if signal[2] is not None and not self.is_gpu:
                 self._check_teacher(losses[0], signal[2])
         self.losses.append(losses)
 
@@ -354,12 +355,3 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 def _columns(x: Tensor, columns: int) -> Tensor:
     return x if columns == x.shape[1] else x[:, :columns]
-
-
-def row_width(columns: int) -> int:
-    """The row stride, in values, that aligns rows of `columns` columns to 64 bytes.
-
-    Dense rows of a vocabulary of 50257 would only be aligned to 4 bytes: GPU kernels, and perhaps the library's GEMMs,
-    would read and write most of them value by value.
-    """
-    return -(-columns // ROW_UNIT) * ROW_UNIT

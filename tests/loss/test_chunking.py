@@ -57,7 +57,14 @@ def test_gradient_summed_in_bf16_takes_two_products(rows):
 
 
 def test_rows_of_logits_are_aligned_whatever_the_vocabulary():
-    assert [chunked_loss.row_width(V) for V in (0, 1, 32, 50257)] == [0, 32, 32, 50272]
+    assert [chunking.row_width(V, is_gpu=True) for V in (0, 1, 32, 49152, 50257)] == [0, 32, 32, 49152, 50272]
+
+
+def test_rows_of_logits_start_in_different_cache_sets_of_a_cpu():
+    widths = [chunking.row_width(V, is_gpu=False) for V in (0, 1, 32, 49152, 50257)]
+    assert widths == [0, 32, 32, 49184, 50272]
+    line_starts = {row * widths[3] * 4 // 64 % 64 for row in range(64)}  # 64 sets of lines of 64 bytes: a usual L1
+    assert len(line_starts) == 32
 
 
 def test_long_batch_sums_the_head_gradient_in_fp32():
