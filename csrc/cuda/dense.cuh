@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const bool needs_one = info.inv_tau != 1;
       const auto sums_about = [&](const Array<3>& pivot) {
         __pipeline_wait_prior(0);
+        compiler_barrier();  // the wait does not say that it changes memory, and no __syncthreads follows it
         const float of_t = sum_shared<kVectors, kThreads>(mine, pivot[1], scale);  // while z arrives
         clamp_logits(z);
         return Array<3>{{sum_tile(z, pivot[0], scale), of_t, needs_one ? sum_tile(z, pivot[2], kLog2e) : 0}};
