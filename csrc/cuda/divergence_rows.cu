@@ -14,7 +14,8 @@
 // prepare_rows gathers each row's label, weights and teacher ids before the main kernel; finish_rows or finish_dense
 // computes the losses after it.
 //
-// Ids and labels cannot be checked without synchronising the stream: a row with one outside the vocabulary becomes NaN.
+// Ids and labels cannot be checked without synchronising the stream: if one is outside the vocabulary, the row's loss
+// becomes NaN.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
