@@ -14,6 +14,7 @@ from rbfast.cli.common import (
     add_device,
     add_formats,
     add_instruction,
+    add_timeout,
     format_lines,
     format_options,
     instruction_of,
@@ -144,7 +145,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--server", metavar="URL", help="URL of an OpenAI-compatible server, through /v1; key: RBFAST_API_KEY"
     )
-    sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for more of a reply (default: 600)")
+    add_timeout(sub)
     sub.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
     solutions = sub.add_argument_group("solutions")
     solutions.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rbfast.cli.common import (
     add_instruction,
     add_load_in,
     add_model,
+    add_timeout,
     attach_adapter,
     format_lines,
     format_options,
@@ -23,12 +24,13 @@ from rbfast.cli.common import (
     positive,
     print_result,
 )
-from rbfast.teacher.client import ServerError
+from rbfast.teacher.client import REFUSED, ServerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rbfast.cli.transcript import Transcript
+    from rbfast.evaluation.evaluate import Result
     from rbfast.grading.grade import Problem
     from rbfast.inference.guide import Limits
     from rbfast.inference.solver import Solution, Solver
@@ -55,6 +57,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
 def _add_server(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
     sub.add_argument("--tokenizer", metavar="NAME", help="hub id or folder of the served model, for its chat template")
+    add_timeout(sub)
 
 
 def _add_limits(sub: argparse._ActionsContainer, budget: int | None) -> None:
@@ -139,7 +142,8 @@ def _load_server(args: argparse.Namespace, guided: bool) -> "tuple[Server, PreTr
 
     if guided and not args.tokenizer:
         print("no --tokenizer: the prompt is plain text, not the model's chat template", file=sys.stderr)
-    return Server(args.server, args.model), load_tokenizer(args.tokenizer) if args.tokenizer else None
+    server = Server(args.server, args.model, timeout=args.timeout)
+    return server, load_tokenizer(args.tokenizer) if args.tokenizer else None
 
 
 def _local_solver(args: argparse.Namespace) -> "Solver":
@@ -236,7 +240,7 @@ def _problems(args: argparse.Namespace, task: str) -> "list[Problem]":
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
+    from rbfast.evaluation.evaluate import evaluate
     from rbfast.inference.guide import Guide
     from rbfast.inference.tokens import phrases_for
     from rbfast.utils.progress import counting
@@ -247,32 +251,47 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = _load_server(args, guided=limits is not None) if args.server else _load_local(args)
     instruction = instruction_of(args, *([args.tokenizer] if args.server else [args.adapter, args.model]))
     guide = Guide(limits, phrases_for(tokenizer, instruction)) if limits else None
-    results = {}
+    results, refused = {}, []
     for task, items in problems.items():
         with counting(task, args.json) as progress:
-            results[task] = evaluate(
-                model,
-                tokenizer,
-                items,
-                max_new_tokens=_TOKENS if args.max_new_tokens is None else args.max_new_tokens,
-                batch_size=args.batch_size,
-                keep=args.out,
-                label=_label(args),
-                instruction=instruction,
-                guide=guide,
-                progress=progress,
-                **sampling,
-            )
-    if args.samples > 1:
+            try:
+                results[task] = evaluate(
+                    model,
+                    tokenizer,
+                    items,
+                    max_new_tokens=_TOKENS if args.max_new_tokens is None else args.max_new_tokens,
+                    batch_size=args.batch_size,
+                    keep=args.out,
+                    label=_label(args),
+                    instruction=instruction,
+                    guide=guide,
+                    progress=progress,
+                    **sampling,
+                )
+            except ServerError as error:
+                if error.status not in REFUSED:
+                    raise
+                refused.append(error)  # concerns problems of this task alone
+    if results:
+        print_result(args, *_summary(results, args.samples))
+    if refused:
+        raise refused[0]
+    return 0
+
+
+def _summary(results: "Mapping[str, Sequence[Result]]", samples: int) -> tuple[dict[str, Any], str]:
+    """The statistics of each task, and the text to print."""
+    from rbfast.evaluation.evaluate import summarize, summarize_samples
+
+    if samples > 1:
         sampled = {task: summarize_samples(of_task) for task, of_task in results.items()}
-        return print_result(args, sampled, "\n".join(f"{task}\n{format_lines(s)}" for task, s in sampled.items()))
+        return sampled, "\n".join(f"{task}\n{format_lines(s)}" for task, s in sampled.items())
     summary = {task: summarize(of_task) for task, of_task in results.items()}
-    text = "\n".join(
+    return summary, "\n".join(
         f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
         f"{100 * s['truncated']:.0f}% cut at the limit"
         for task, s in summary.items()
     )
-    return print_result(args, summary, text)
 
 
 def _eval_limits(args: argparse.Namespace) -> "Limits | None":

@@ -325,7 +325,7 @@ class Server(RequestSettings):
             raise ServerError(message, error.status_code, pause=pause) from None
         except openai.APIConnectionError as error:
             kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
-            hint = " (raise --timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
+            hint = "; raise the timeout" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
             raise kind(f"{self.url}{path} did not answer: {_cause(error)}{hint}") from None
         finally:
             self.retried.mark_done()

@@ -122,6 +122,18 @@ def test_command_evaluates_a_server_under_a_guide(start, rows, tmp_path, capsys)
     assert all(record["events"] for record in records) and all("prompt" in request for request in state.requests)
 
 
+def test_refused_problem_does_not_stop_the_other_tasks(start, rows, tmp_path, capsys):
+    state, server = start(FOUR)
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps({"problem": "9+4?", "answer": "13"}) + "\n")
+    state.faults = [400]
+    tasks = ["--task", str(rows), "--task", str(others)]
+    assert main(["eval", "m", "--server", server.url, *tasks, "--batch-size", "1", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[str(others)]["n"] == 1 and str(rows) not in json.loads(printed.out)
+    assert "problem '0+4?'" in printed.err
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -131,8 +143,9 @@ def test_command_evaluates_a_server_under_a_guide(start, rows, tmp_path, capsys)
         (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
         (["--server", "http://127.0.0.1:9/v1", "--load-in", "4bit"], "--load-in is for a local model: a server has"),
         (["--tokenizer", "t"], "--tokenizer is for --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--timeout", "0"], "timeout must be finite and above 0 seconds"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(rows, capsys, options, complaint):
+def test_options_that_cannot_be_used_are_refused(rows, capsys, options, complaint):
     assert main(["eval", "m", "--task", str(rows), *options]) == 2
     assert complaint in capsys.readouterr().err
