@@ -2,7 +2,7 @@
 
 Rows are sorted by expert; those of expert e end at ends[e]. A tile of rows belongs to one expert. There are at most
 S / BLOCK_T + E tiles, depending on the counts; a program finds its tile from `ends`, and programs beyond the last tile
-do nothing. The gradient takes four launches and reads dy twice. Precision and order are those of `columns`.
+write nothing. The gradient takes four launches and reads dy twice. Precision and order are those of `columns`.
 """
 
 import torch

@@ -169,7 +169,7 @@ inline void check(cudaError_t error, const char* what) {
   const bool has_no_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
   expect(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error),
          has_no_code ? "; rbfast's CUDA ops run on sm_80 and later, if TORCH_CUDA_ARCH_LIST named it when they were "
-                       "built; reinstall rbfast with RBFAST_CUDA=0 to run its Triton kernels on this GPU"
+                       "built; reinstall rbfast with RBFAST_CUDA=0 to run Triton and plain torch on this GPU"
                      : "");
 }
 

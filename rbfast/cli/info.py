@@ -5,8 +5,7 @@ from typing import Any
 
 from rbfast.cli.common import Command, print_result
 
-_OLDEST = (8, 0)  # the lowest compute capability that the CUDA ops support
-_USE_TRITON = "reinstall rbfast with RBFAST_CUDA=0 to run its Triton kernels"
+_USE_TRITON = "reinstall rbfast with RBFAST_CUDA=0 to run Triton and plain torch"
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -49,10 +48,15 @@ def _gpu_ops() -> dict[str, str]:
     from rbfast import ops
 
     kinds = ops.implementations("cuda")
-    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= _OLDEST:
+    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= ops.OLDEST:
         return kinds
-    refused = f"none (the CUDA C++ needs sm_80, this GPU is sm_{capability[0]}{capability[1]}: {_USE_TRITON})"
-    return {name: refused if implementation == "CUDA C++" else implementation for name, implementation in kinds.items()}
+    found = f"this GPU is sm_{capability[0]}{capability[1]}"
+    for name, kind in kinds.items():
+        if kind == "CUDA C++":
+            kinds[name] = f"none (the CUDA C++ needs sm_80, {found}: {_USE_TRITON})"
+        elif kind.startswith("triton") and name in ops.ON_TENSOR_CORES:
+            kinds[name] = f"reference (the Triton kernel needs sm_80, {found})"
+    return kinds
 
 
 def _model(args: argparse.Namespace) -> int:

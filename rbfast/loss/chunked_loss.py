@@ -17,7 +17,16 @@ from torch import Tensor
 
 from rbfast import ops
 from rbfast.loss import workspace
-from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head, row_width
+from rbfast.loss.chunking import (
+    IN_TILES,
+    ON_CPU,
+    Chunking,
+    chunk_on_cpu,
+    chunk_on_gpu,
+    chunk_trained_head,
+    gpu_memory,
+    row_width,
+)
 from rbfast.loss.parameters import RowParameter
 from rbfast.loss.row_groups import ActiveRows, RowGroup
 from rbfast.loss.teacher_signal import Dense, TopK
@@ -120,9 +129,10 @@ class _ChunkedLoss:
         if not self.is_gpu:
             budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
             return chunk_on_cpu(rows, own + extra, requested, budget)
+        memory = gpu_memory(self.hidden.device)
         if trains_head and self.is_narrow:
-            return chunk_trained_head(rows, own, requested, self.weight.shape, extra)
-        return chunk_on_gpu(rows, own, requested, extra_bytes=extra)
+            return chunk_trained_head(rows, own, requested, self.weight.shape, memory, extra)
+        return chunk_on_gpu(rows, own, requested, memory, extra)
 
     def _make_d_weight(self) -> Tensor:
         is_filled = self.chunking.rounds_sum and self.job.active.size

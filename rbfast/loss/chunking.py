@@ -30,6 +30,7 @@ ROW_UNIT = 32  # values: 128 bytes of fp32 logits (a GPU cache line, two of a CP
 # and V = 128256, chunks of 768 rows take 1% longer than 1024 and 512 take 5% longer; more than 1024 gain nothing. With
 # a dense teacher, 896 rows take 6% longer and 832 take 13% longer.
 GPU_BYTES = 925 * 10**6
+GPU_BYTES_OF_REFERENCE = GPU_BYTES // 16  # the reference makes about eight fp64 copies of a chunk's logits
 TILE_ROWS = 256
 MAX_ROWS = 1024
 # Each product added to a bf16 gradient rounds it. With more than two, the error could exceed 0.3%.
@@ -72,8 +73,18 @@ def chunk_on_gpu(
     return chunking._replace(extra=_even_chunks(chunk, None, left, multiple).chunk)
 
 
+def gpu_memory(device: torch.device) -> int:
+    """The most bytes of logits and dz at a time on a GPU."""
+    return GPU_BYTES if ops.has_row_kernel(device) else GPU_BYTES_OF_REFERENCE
+
+
 def chunk_trained_head(
-    rows: int, row_bytes: int, requested: int | None, head: torch.Size, extra_bytes: int = 0
+    rows: int,
+    row_bytes: int,
+    requested: int | None,
+    head: torch.Size,
+    memory: int = GPU_BYTES,
+    extra_bytes: int = 0,
 ) -> Chunking:
     """For a trained head in bf16 on a GPU: each product reads and writes the whole gradient [V, H], so there are few.
 
@@ -84,7 +95,7 @@ def chunk_trained_head(
     rounds_sum = rows <= 4 * H
     product = max(GPU_BYTES // 2 // dz_bytes, -(-rows // MAX_ROUNDINGS) if rounds_sum else 0)
     product = _clamp(rows, _round_up(product, TILE_ROWS))
-    room = max(GPU_BYTES - product * dz_bytes, GPU_BYTES // 4)
+    room = max(memory - product * dz_bytes, memory // 4)
     chunking = chunk_on_gpu(product, row_bytes, requested, room, extra_bytes)
     return Chunking(chunking.chunk, product, chunking.extra, True, rounds_sum)
 
@@ -109,7 +120,7 @@ def logits_bytes(tokens: int, vocabulary: int, device: torch.device, teacher_voc
     is_gpu = device.type != "cpu"
     own, extra = 4 * row_width(vocabulary, is_gpu), 4 * row_width(teacher_vocabulary, is_gpu)
     if is_gpu:
-        chunking = chunk_on_gpu(tokens, own, None, extra_bytes=extra)
+        chunking = chunk_on_gpu(tokens, own, None, gpu_memory(device), extra)
     else:
         chunking = chunk_on_cpu(tokens, own + extra, None, IN_TILES if ops.cpu_isa() == "amx" else ON_CPU)
     return chunking.chunk * own + chunking.extra * extra

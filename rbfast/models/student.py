@@ -53,8 +53,12 @@ _EVALUATING = Overlap()
 
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16, but float32 on a CPU without bfloat16 products in hardware: torch's take a hundred times as long."""
-    if torch.device(device).type != "cpu":
+    """bfloat16, but float32 where no hardware multiplies it: NVIDIA's GPUs from before sm_80, and CPUs where torch's
+    products take a hundred times as long."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if kind != "cpu":
         return torch.bfloat16
     multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if multiplies else torch.float32

@@ -16,6 +16,8 @@ from rbfast.ops.autograd import (
     is_spent,
 )
 from rbfast.ops.registry import (
+    OLDEST,
+    ON_TENSOR_CORES,
     column_fold_,
     column_fold_all_,
     column_gather,
@@ -32,6 +34,7 @@ from rbfast.ops.registry import (
     grouped_column_linear_,
     grouped_column_scatter_,
     grouped_linear,
+    has_row_kernel,
     head_backward_,
     head_forward_,
     head_grad_,
@@ -44,6 +47,8 @@ from rbfast.ops.registry import (
 )
 
 __all__ = [
+    "OLDEST",
+    "ON_TENSOR_CORES",
     "column_fold_",
     "column_fold_all_",
     "column_gather",
@@ -65,6 +70,7 @@ __all__ = [
     "grouped_column_linear_",
     "grouped_column_scatter_",
     "grouped_linear",
+    "has_row_kernel",
     "head_backward_",
     "head_forward_",
     "head_grad_",

@@ -86,7 +86,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """y [S, out] = x W_e^T for the rows x [S, in] of each expert e, with weight [E, out, in]."""
     is_aligned = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # to 16 bytes, which the kernel requires
     if x.is_cuda and x.dtype == torch.bfloat16 and is_aligned:
-        return torch.nn.functional.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
+        return torch.nn.functional.grouped_mm(x.contiguous(), weight.mT, offs=ends.to(torch.int32))
     y = x.new_empty(x.shape[0], weight.shape[1])
     for expert, rows in rows_of_experts(ends):
         torch.mm(x[rows], weight[expert].T, out=y[rows])

@@ -9,7 +9,10 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,18 @@ _TRITON_MODULES = {
     "scaled_": "scale",
 }
 _OF_LISTS = {"column_grad_all": "column_grad", "column_fold_all_": "column_fold_"}  # for many matrices: the op for one
+# Ops whose Triton kernels multiply on tensor cores. On a GPU from before sm_80 Triton would multiply on plain cores:
+# these kernels would spill up to 16 KB of registers per thread, and one would not fit the shared memory.
+ON_TENSOR_CORES = (
+    "column_grad",
+    "column_grad_all",
+    "column_linear_",
+    "column_scatter_",
+    "grouped_column_grad",
+    "grouped_column_linear_",
+    "grouped_column_scatter_",
+)
+OLDEST = (8, 0)  # the lowest compute capability that the CUDA ops support
 _PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA torch's own GEMMs, which are fast enough
 
 
@@ -80,14 +95,38 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{name}", key)
 
 
+def why_no_triton() -> str | None:
+    """Why Triton cannot run on any GPU of this machine; None if it can. Does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    # It compiles a launcher for each kernel.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc"
+    return None
+
+
+@cache
+def _is_old(device: torch.device) -> bool:
+    """Whether this is a GPU of NVIDIA's from before sm_80. Starts CUDA."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) < OLDEST
+
+
+def has_row_kernel(device: torch.device) -> bool:
+    """Whether divergence_rows_ is a kernel on this GPU, not the reference, which makes fp64 copies of the logits."""
+    return device.type == "cuda" and _has_kernel("divergence_rows_", "CUDA")
+
+
 def _triton_op(name: str) -> Callable[..., Any]:
-    """The Triton implementation of an op. The first call imports Triton."""
+    """The Triton implementation of an op, or the reference on a GPU where that is faster. The first call imports
+    Triton."""
 
     def call(*args: Any) -> Any:
         devices = {x.device for x in args if isinstance(x, Tensor)}
         if len(devices) > 1:
             got = " and ".join(sorted(map(str, devices)))
             raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
+        if name in ON_TENSOR_CORES and _is_old(args[0].device):
+            return getattr(reference, name)(*args)
         module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
             return getattr(module, name)(*args)
@@ -97,7 +136,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 def _register_triton() -> set[str]:
     """Registers Triton kernels for the ops without a native GPU kernel; returns their names."""
-    if not (torch.version.cuda or torch.version.hip) or importlib.util.find_spec("triton") is None:
+    if not (torch.version.cuda or torch.version.hip) or why_no_triton():
         return set()
     missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
     for name in sorted(missing):
@@ -262,9 +301,14 @@ def _on_gpu(name: str) -> str:
     if name in _OF_LISTS and not _has_kernel(name, "CUDA"):  # calls the plain op for each matrix
         return _on_gpu(_OF_LISTS[name])
     if name in _IN_TRITON:
-        return f"triton ({importlib.metadata.version('triton')})"
+        return f"triton ({_triton_version()})"
     if name.startswith("grouped_column_"):  # calls the plain op for each expert
         return _on_gpu(name.removeprefix("grouped_"))
     if name in _PRODUCTS:
         return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"
-    return "CUDA C++" if _has_kernel(name, "CUDA") else "reference (neither _C_cuda nor triton is installed)"
+    return "CUDA C++" if _has_kernel(name, "CUDA") else f"reference (no CUDA C++; {why_no_triton()})"
+
+
+def _triton_version() -> str:
+    distributions = importlib.metadata.packages_distributions()  # torch's builds for ROCm install another name
+    return importlib.metadata.version(distributions.get("triton", ["triton"])[0])

@@ -93,17 +93,31 @@ def test_info_explains_an_invalid_instruction_set(
 
 
 @pytest.mark.parametrize(
-    ("capability", "begins"), [((7, 5), "none (the CUDA C++ needs sm_80, this GPU is sm_75: "), ((8, 0), "CUDA C++")]
+    ("capability", "native", "triton"),
+    [
+        (
+            (7, 5),
+            "none (the CUDA C++ needs sm_80, this GPU is sm_75: ",
+            "reference (the Triton kernel needs sm_80, this GPU is sm_75)",
+        ),
+        ((8, 0), "CUDA C++", "triton (3.6.0)"),
+    ],
 )
 def test_info_reports_an_unsupported_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], begins: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    native: str,
+    triton: str,
 ) -> None:
+    kinds = {"a": "CUDA C++", "b": "torch.mm", "column_grad": "triton (3.6.0)", "scaled_": "triton (3.6.0)"}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": {"a": "CUDA C++", "b": "torch.mm"})
+    monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": kinds.copy())
     ops = json.loads(call(capsys, "info", "--json")[1])["gpu_ops"]
-    assert ops["a"].startswith(begins) and ops["b"] == "torch.mm"
+    assert ops["a"].startswith(native) and ops["b"] == "torch.mm"
+    assert ops["column_grad"] == triton and ops["scaled_"] == "triton (3.6.0)"
 
 
 def test_info_of_a_model_reports_the_size_of_its_adapter(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:

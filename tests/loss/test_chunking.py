@@ -56,6 +56,13 @@ def test_gradient_summed_in_bf16_takes_two_products(rows):
     assert plan.rounds_sum and -(-rows // plan.product) == 2
 
 
+def test_reference_on_a_gpu_gets_small_chunks():
+    """It makes fp64 copies of the logits."""
+    device = torch.device("meta")
+    assert chunking.gpu_memory(device) == chunking.GPU_BYTES // 16
+    assert 8 * chunking.logits_bytes(4096, 151936, device) < 2**30
+
+
 def test_rows_of_logits_are_aligned_whatever_the_vocabulary():
     assert [chunking.row_width(V, is_gpu=True) for V in (0, 1, 32, 49152, 50257)] == [0, 32, 32, 49152, 50272]
 
@@ -92,6 +99,7 @@ def test_head_gradient_by_the_gpu_plan_matches_the_plain_formula(kind, chunk_row
     """dz in separate memory for several chunks; one product, a sum of two, or a sum in fp32 (memory for 24 rows)."""
     monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
     monkeypatch.setattr(chunking, "GPU_BYTES", memory)
+    monkeypatch.setattr(chunked_loss, "gpu_memory", lambda device: memory)
     monkeypatch.setattr(chunking, "TILE_ROWS", 16)
     near = Near(1.0)
     rows = torch.arange(near.T)

@@ -314,10 +314,13 @@ def test_evaluation_mode_restores_the_mode_of_every_module():
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_default_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
+def test_default_dtype_is_one_the_device_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert student.fast_dtype() == dtype and student.fast_dtype("cuda") == torch.bfloat16
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: multiplies and not including_emulation
+    )
+    assert student.fast_dtype() == student.fast_dtype("cuda") == dtype and student.fast_dtype("xpu") == torch.bfloat16
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert load_student(str(tmp_path))[0].dtype == dtype

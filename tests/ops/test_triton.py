@@ -4,6 +4,8 @@ The interpreter must be enabled before Triton is imported, so one test here runs
 TRITON_INTERPRET=1. The interpreter runs the arithmetic of the kernels, operation by operation, in NumPy.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -91,15 +93,17 @@ def test_everything_under_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(any(ROOT.glob("rbfast/_C_cuda*.so")), reason="the CUDA ops are built and would be loaded")
-def test_cuda_torch_uses_triton_if_installed_else_the_reference() -> None:
-    """The registry under a torch that claims to be built for CUDA, with Triton and without."""
+def test_cuda_torch_uses_triton_if_it_can_run_else_the_reference() -> None:
+    """The registry under a torch that claims to be built for CUDA, with and without Triton and its C compiler."""
     script = "\n".join(
         (
-            "import importlib.util, json, sys, torch",
+            "import importlib.util, json, os, shutil, sys, torch",
             "torch.version.cuda = '13.0'",
             "find = importlib.util.find_spec",
             "hidden = sys.argv[1:]",
             "importlib.util.find_spec = lambda name, *args: None if name in hidden else find(name, *args)",
+            "shutil.which = lambda name: None if 'compiler' in hidden else name",
+            "os.environ.pop('CC', None)",
             "from rbfast import ops",
             "print(json.dumps([ops.implementations('cuda'), 'triton' in sys.modules]))",
         )
@@ -114,12 +118,40 @@ def test_cuda_torch_uses_triton_if_installed_else_the_reference() -> None:
     by_triton = (*OPS, *GROUPED, "grouped_column_fold_", "divergence_rows_", "scaled_")
     assert all(implementations[name].startswith("triton (") for name in by_triton)
     assert not imported  # the first call imports it
-    assert set(ask("triton")[0].values()) == {
-        "reference (neither _C_cuda nor triton is installed)",
-        "reference (a filter saves a GPU nothing)",
-        "torch.mm, fp32 output",
-        "torch.nn.functional.grouped_mm",
-    }
+    reasons = {"triton": "triton is not installed", "compiler": "Triton needs a C compiler: install gcc"}
+    for hidden, reason in reasons.items():
+        assert set(ask(hidden)[0].values()) == {
+            f"reference (no CUDA C++; {reason})",
+            "reference (a filter saves a GPU nothing)",
+            "torch.mm, fp32 output",
+            "torch.nn.functional.grouped_mm",
+        }
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_products_are_plain_torch_on_an_old_gpu(capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for name in ("column_gather", "column_grad"):
+        monkeypatch.setattr(columns, name, lambda *args: "by Triton")
+    registry._is_old.cache_clear()
+    dy, x, A, B = torch.randn(2, 4), torch.randn(2, 3), torch.randn(1, 3), torch.randn(4, 1)
+    gathered = registry._triton_op("column_gather")(x, torch.tensor([2, 0]))
+    gradients = registry._triton_op("column_grad")(dy, x, A, B, 0.5)
+    registry._is_old.cache_clear()
+    assert gathered == "by Triton"
+    if capability >= (8, 0):
+        assert gradients == "by Triton"
+    else:
+        assert all(map(torch.equal, gradients, reference.column_grad(dy, x, A, B, 0.5)))
+
+
+def test_triton_is_found_under_another_distribution(monkeypatch):
+    """torch's builds for ROCm install triton-rocm."""
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["triton-rocm"]})
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"triton-rocm": "3.7.0"}[name])
+    assert registry._triton_version() == "3.7.0"
 
 
 def test_tensors_on_two_devices_are_refused():
