@@ -99,8 +99,8 @@ def why_no_triton() -> str | None:
     """Why Triton cannot run on any GPU of this machine; None if it can. Does not import it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    # It compiles a launcher for each kernel.
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    # It compiles a launcher for each kernel; its builds for Windows bring a compiler.
+    if os.name == "posix" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler: install gcc"
     return None
 
