@@ -1,9 +1,10 @@
 """Builds the native ops for the CPU and for CUDA, and the text loops. What cannot be built is left out; its reference
 implementation runs instead.
 
-CUDA ops are built if torch has CUDA and nvcc has the same major version. RBFAST_CUDA=1 builds them even if torch has no
-CUDA, and fails if it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs. RBFAST_SANITIZE=1
-builds the CPU code with AddressSanitizer and UBSan, for tests/system/test_sanitizers.py.
+CUDA ops are built if torch has CUDA, nvcc has the same major version, and not all GPUs of this machine are too old for
+them. RBFAST_CUDA=1 builds them even if torch has no CUDA, and fails if it cannot; RBFAST_CUDA=0 leaves them out.
+TORCH_CUDA_ARCH_LIST chooses the GPUs. RBFAST_SANITIZE=1 builds the CPU code with AddressSanitizer and UBSan, for
+tests/system/test_sanitizers.py.
 """
 
 import os
@@ -21,6 +22,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
+OLDEST_GPU = (8, 0)
 GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # the most nvcc supports before 12.8; 9.0a has PTX for no later GPU
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
 OPTIMIZE = ["-Og", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
@@ -96,12 +98,21 @@ def release_of(toolkit: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def has_only_old_gpus() -> bool:
+    """Whether this machine has GPUs, none of which runs the CUDA ops."""
+    gpus = range(torch.cuda.device_count())
+    return bool(gpus) and all(torch.cuda.get_device_capability(gpu) < OLDEST_GPU for gpu in gpus)
+
+
 def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
     """The folder of the CUDA toolkit to build with and its version, or None if the CUDA ops are left out."""
     asked = os.environ.get("RBFAST_CUDA", "")
     if asked not in ("", "0", "1"):
         raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
     if asked == "0" or (asked == "" and not torch.version.cuda):
+        return None
+    if asked == "" and has_only_old_gpus():
+        print("rbfast: _C_cuda needs a GPU of sm_80 or later; installing without the CUDA ops.")
         return None
     of_torch = torch.version.cuda.split(".")[0] if torch.version.cuda else None
     home = os.environ.get("CUDA_HOME")

@@ -157,25 +157,49 @@ def test_impossible_build_request_fails(env: dict[str, str], message: str) -> No
 def test_build_targets_match_torch_and_nvcc(
     release: str, of_torch: str | None, asked: str, message: str, tmp_path: Path
 ) -> None:
-    nvcc = tmp_path / "bin/nvcc"
+    done = _targets(release, of_torch, asked, tmp_path)
+    assert message in done.stdout + done.stderr
+    assert (done.returncode != 0) == ("Error" in message)
+
+
+@pytest.mark.parametrize(
+    "capabilities, asked, has_targets",
+    (([(7, 5)], "", False), ([(7, 5)], "1", True), ([(7, 5), (8, 6)], "", True), ([], "", True)),
+)
+def test_build_leaves_the_cuda_ops_out_for_old_gpus(
+    capabilities: list[tuple[int, int]], asked: str, has_targets: bool, tmp_path: Path
+) -> None:
+    given = f"""
+torch.cuda.device_count = lambda: {len(capabilities)}
+torch.cuda.get_device_capability = {capabilities}.__getitem__
+"""
+    output = _targets("12.8", "12.9", asked, tmp_path, given).stdout
+    assert ("targets 8.0" in output) == has_targets
+    assert ("_C_cuda needs a GPU of sm_80 or later" in output) != has_targets
+
+
+def _targets(
+    release: str, of_torch: str | None, asked: str, folder: Path, prepare: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """setup.py under a torch and an nvcc of these CUDA versions; it prints the GPUs that it would build for."""
+    nvcc = folder / "bin/nvcc"
     nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}'\necho '#$ TOP={tmp_path}' >&2\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}'\necho '#$ TOP={folder}' >&2\n")
     nvcc.chmod(0o755)
     program = f"""
 import os, runpy, torch
 torch.version.cuda = {of_torch!r}
+{prepare}
 runpy.run_path("setup.py", run_name="__main__")
 print("targets", os.environ.get("TORCH_CUDA_ARCH_LIST", "none"))
 """
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", program, "--version"],
         cwd=ROOT,
-        env={"PATH": f"{_path()}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path), "RBFAST_CUDA": asked},
+        env={"PATH": f"{_path()}:/usr/bin:/bin", "CUDA_HOME": str(folder), "RBFAST_CUDA": asked},
         capture_output=True,
         text=True,
     )
-    assert message in done.stdout + done.stderr
-    assert (done.returncode != 0) == ("Error" in message)
 
 
 def _path() -> str:
