@@ -256,10 +256,10 @@ def test_wrong_key_stops_the_call_at_once(server, tmp_path, monkeypatch):
     assert all("sk-secret" not in path.read_text() for path in tmp_path.iterdir())
 
 
-def test_slow_server_is_reported_with_what_to_raise(server, tmp_path):
-    server.faults = ["hang"] * 9
+def test_slow_server_is_reported_with_what_to_raise(server):
+    server.faults = ["hang"]
     with pytest.raises(ServerError, match=r"did not answer: ReadTimeout.*; raise the timeout"):
-        teach(server.client(timeout=0.3, retries=0), QUESTIONS[:1], tmp_path)
+        server.client(timeout=0.3, retries=0).ask("/chat/completions", {"messages": []})
 
 
 def test_call_resumes_after_a_server_restart(server, tmp_path):
