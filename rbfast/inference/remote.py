@@ -459,12 +459,16 @@ class _RunningVote:
 def _summary_of(
     failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Sequence[Future[Solution]]]
 ) -> ServerError:
-    """The error of the first problem that failed, with the solutions so far of its samples, which have ended."""
+    """The error of the first problem that failed, with the solutions so far of its samples, which have ended.
+
+    Its status is that of a refusal only if every problem was refused.
+    """
     i, first = next(iter(failed.items()))
+    decisive = next((error for error in failed.values() if error.status not in REFUSED), first)
     name = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
     more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
     written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
-    return ServerError(f"{name}{first}{more}", first.status, written)
+    return ServerError(f"{name}{first}{more}", decisive.status, written)
 
 
 def _partial_solution(future: Future[Solution]) -> Solution | None:

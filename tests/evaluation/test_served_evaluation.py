@@ -134,6 +134,18 @@ def test_refused_problem_does_not_stop_the_other_tasks(start, rows, tmp_path, ca
     assert "returned 400" in printed.err
 
 
+def test_server_that_refuses_everything_ends_the_other_tasks_too(start, tmp_path, capsys):
+    """Even if a refusal of one problem came first."""
+    state, server = start(FOUR)
+    many, others = tmp_path / "many.jsonl", tmp_path / "others.jsonl"
+    many.write_text("".join(json.dumps({"problem": f"{a}+4?", "answer": "4"}) + "\n" for a in range(20)))
+    others.write_text(json.dumps({"problem": "never asked", "answer": "13"}) + "\n")
+    state.faults = [400] + [401] * 99
+    tasks = ["--task", str(many), "--task", str(others)]
+    assert main(["eval", "m", "--server", server.url, *tasks, "--batch-size", "1", "--json"]) == 1
+    assert capsys.readouterr().out == "" and "never asked" not in str(state.requests)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
