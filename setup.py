@@ -100,8 +100,9 @@ def release_of(toolkit: str) -> tuple[int, int]:
 
 def has_only_old_gpus() -> bool:
     """Whether this machine has GPUs, none of which runs the CUDA ops."""
-    gpus = range(torch.cuda.device_count())
-    return bool(gpus) and all(torch.cuda.get_device_capability(gpu) < OLDEST_GPU for gpu in gpus)
+    if not torch.cuda.is_available():  # also if CUDA cannot start, where the query below would raise
+        return False
+    return all(torch.cuda.get_device_capability(gpu) < OLDEST_GPU for gpu in range(torch.cuda.device_count()))
 
 
 def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
@@ -111,9 +112,6 @@ def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
         raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
     if asked == "0" or (asked == "" and not torch.version.cuda):
         return None
-    if asked == "" and has_only_old_gpus():
-        print("rbfast: _C_cuda needs a GPU of sm_80 or later; installing without the CUDA ops.")
-        return None
     of_torch = torch.version.cuda.split(".")[0] if torch.version.cuda else None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
@@ -122,7 +120,12 @@ def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
         toolkit = toolkit_of(nvcc)
         release = release_of(toolkit)
         if of_torch in (None, str(release[0])):
-            return toolkit, release
+            if asked == "1" or not has_only_old_gpus():
+                return toolkit, release
+            print(
+                "rbfast: _C_cuda needs a GPU of sm_80 or later; installing without it (RBFAST_CUDA=1 builds it anyway)."
+            )
+            return None
         problem = f"{nvcc} is of CUDA {release[0]}.{release[1]}"
     needs = f"needs nvcc of CUDA {of_torch}, to match torch," if of_torch else "needs nvcc,"
     if asked == "1":

@@ -170,6 +170,7 @@ def test_build_leaves_the_cuda_ops_out_for_old_gpus(
     capabilities: list[tuple[int, int]], asked: str, has_targets: bool, tmp_path: Path
 ) -> None:
     given = f"""
+torch.cuda.is_available = lambda: {bool(capabilities)}
 torch.cuda.device_count = lambda: {len(capabilities)}
 torch.cuda.get_device_capability = {capabilities}.__getitem__
 """
@@ -179,7 +180,11 @@ torch.cuda.get_device_capability = {capabilities}.__getitem__
 
 
 def _targets(
-    release: str, of_torch: str | None, asked: str, folder: Path, prepare: str = ""
+    release: str,
+    of_torch: str | None,
+    asked: str,
+    folder: Path,
+    prepare: str = "torch.cuda.is_available = lambda: False",
 ) -> subprocess.CompletedProcess[str]:
     """setup.py under a torch and an nvcc of these CUDA versions; it prints the GPUs that it would build for."""
     nvcc = folder / "bin/nvcc"
