@@ -151,7 +151,7 @@ static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64
 struct Ahead {
   const char* run;  // `length` contiguous bytes; `runs` such stretches are left
   int64_t at, length, stride, runs;
-  int64_t every;  // words of k between two prefetches: the last tile completes them
+  int64_t every;  // words of k between two prefetches: about the last tile completes them, if there are enough words
 
   inline void ask() {
     if (runs <= 0) return;
