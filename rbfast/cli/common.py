@@ -115,7 +115,9 @@ def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Pa
 
 
 def add_timeout(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for more of a reply (default: 600)")
+    sub.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait for more of a server's reply (default: 600)"
+    )
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -48,15 +48,19 @@ def _gpu_ops() -> dict[str, str]:
     from rbfast import ops
 
     kinds = ops.implementations("cuda")
-    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= ops.OLDEST:
+    if not torch.cuda.is_available() or not ops.is_old_gpu(torch.device("cuda")):
         return kinds
-    found = f"this GPU is sm_{capability[0]}{capability[1]}"
-    for name, kind in kinds.items():
-        if kind == "CUDA C++":
-            kinds[name] = f"none (the CUDA C++ needs sm_80, {found}: {_USE_TRITON})"
-        elif kind.startswith("triton") and name in ops.ON_TENSOR_CORES:
-            kinds[name] = f"reference (the Triton kernel needs sm_80, {found})"
-    return kinds
+    found = "this GPU is sm_{}{}".format(*torch.cuda.get_device_capability())
+
+    def on_this_gpu(name: str) -> str:
+        if kinds[name] == "CUDA C++":
+            return f"none (the CUDA C++ needs sm_80, {found}: {_USE_TRITON})"
+        if name not in ops.ON_TENSOR_CORES or not kinds[name].startswith("triton"):
+            return kinds[name]
+        one = name.removeprefix("grouped_")  # plain torch calls this op for each expert
+        return f"reference (the Triton kernel needs sm_80, {found})" if one == name else on_this_gpu(one)
+
+    return {name: on_this_gpu(name) for name in kinds}
 
 
 def _model(args: argparse.Namespace) -> int:

@@ -110,10 +110,9 @@ class _ChunkedLoss:
         self.bias = None if bias is None else bias.to(self.dtype)
         self.is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
         self.wants_gradient, self.wants_hidden = any(wanted), wanted[0]
-        extra_columns = 0
+        V, extra_columns = weight.shape[0], 0
         for group in job.active.groups:
-            extra_columns = max(extra_columns, group.extra_columns(weight.shape[0]))
-        V = weight.shape[0]
+            extra_columns = max(extra_columns, group.extra_columns(V))
         self.widths = row_width(V, self.is_gpu), row_width(extra_columns, self.is_gpu)  # of logits, and of extra logits
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         self.extra: Tensor | None = None
@@ -131,8 +130,8 @@ class _ChunkedLoss:
             return chunk_on_cpu(rows, own + extra, requested, budget)
         memory = gpu_memory(self.hidden.device)
         if trains_head and self.is_narrow:
-            return chunk_trained_head(rows, own, requested, self.weight.shape, memory, extra)
-        return chunk_on_gpu(rows, own, requested, memory, extra)
+            return chunk_trained_head(rows, own, requested, self.weight.shape, memory=memory, extra_bytes=extra)
+        return chunk_on_gpu(rows, own, requested, memory=memory, extra_bytes=extra)
 
     def _make_d_weight(self) -> Tensor:
         is_filled = self.chunking.rounds_sum and self.job.active.size

@@ -30,7 +30,7 @@ ROW_UNIT = 32  # values: 128 bytes of fp32 logits (a GPU cache line, two of a CP
 # and V = 128256, chunks of 768 rows take 1% longer than 1024 and 512 take 5% longer; more than 1024 gain nothing. With
 # a dense teacher, 896 rows take 6% longer and 832 take 13% longer.
 GPU_BYTES = 925 * 10**6
-GPU_BYTES_OF_REFERENCE = GPU_BYTES // 16  # the reference makes about eight fp64 copies of a chunk's logits
+REFERENCE_COPIES = 16  # of a chunk's logits, in their size: the reference makes about eight in fp64
 TILE_ROWS = 256
 MAX_ROWS = 1024
 # Each product added to a bf16 gradient rounds it. With more than two, the error could exceed 0.3%.
@@ -60,7 +60,7 @@ def chunk_on_cpu(rows: int, row_bytes: int, requested: int | None, budget: Budge
 
 
 def chunk_on_gpu(
-    rows: int, row_bytes: int, requested: int | None, memory: int = GPU_BYTES, extra_bytes: int = 0
+    rows: int, row_bytes: int, requested: int | None, *, memory: int = GPU_BYTES, extra_bytes: int = 0
 ) -> Chunking:
     """extra_bytes: the size of a row's teacher logits. If those of a whole chunk do not fit, they are cut evenly."""
     fitting = max(ROW_MULTIPLE, min(MAX_ROWS, memory // (row_bytes + extra_bytes // 2)))
@@ -74,8 +74,8 @@ def chunk_on_gpu(
 
 
 def gpu_memory(device: torch.device) -> int:
-    """The most bytes of logits and dz at a time on a GPU."""
-    return GPU_BYTES if ops.has_row_kernel(device) else GPU_BYTES_OF_REFERENCE
+    """The most bytes of a chunk's logits on a GPU."""
+    return GPU_BYTES if ops.has_row_kernel(device) else GPU_BYTES // REFERENCE_COPIES
 
 
 def chunk_trained_head(
@@ -83,6 +83,7 @@ def chunk_trained_head(
     row_bytes: int,
     requested: int | None,
     head: torch.Size,
+    *,
     memory: int = GPU_BYTES,
     extra_bytes: int = 0,
 ) -> Chunking:
@@ -95,8 +96,8 @@ def chunk_trained_head(
     rounds_sum = rows <= 4 * H
     product = max(GPU_BYTES // 2 // dz_bytes, -(-rows // MAX_ROUNDINGS) if rounds_sum else 0)
     product = _clamp(rows, _round_up(product, TILE_ROWS))
-    room = max(memory - product * dz_bytes, memory // 4)
-    chunking = chunk_on_gpu(product, row_bytes, requested, room, extra_bytes)
+    room = min(memory, max(GPU_BYTES - product * dz_bytes, GPU_BYTES // 4))
+    chunking = chunk_on_gpu(product, row_bytes, requested, memory=room, extra_bytes=extra_bytes)
     return Chunking(chunking.chunk, product, chunking.extra, True, rounds_sum)
 
 
@@ -116,14 +117,18 @@ def _round_up(rows: int, multiple: int) -> int:
 
 
 def logits_bytes(tokens: int, vocabulary: int, device: torch.device, teacher_vocabulary: int = 0) -> int:
-    """The memory of the logits that exist at a time for a loss of `tokens` rows, a dense teacher's included."""
+    """The memory of the logits that exist at a time for a loss of `tokens` rows.
+
+    It includes a dense teacher's and, on a GPU without a kernel for rows, the copies that the reference makes.
+    """
     is_gpu = device.type != "cpu"
     own, extra = 4 * row_width(vocabulary, is_gpu), 4 * row_width(teacher_vocabulary, is_gpu)
     if is_gpu:
-        chunking = chunk_on_gpu(tokens, own, None, gpu_memory(device), extra)
+        chunking = chunk_on_gpu(tokens, own, None, memory=gpu_memory(device), extra_bytes=extra)
     else:
         chunking = chunk_on_cpu(tokens, own + extra, None, IN_TILES if ops.cpu_isa() == "amx" else ON_CPU)
-    return chunking.chunk * own + chunking.extra * extra
+    copies = REFERENCE_COPIES if is_gpu and not ops.has_row_kernel(device) else 0
+    return (1 + copies) * chunking.chunk * own + chunking.extra * extra
 
 
 def row_width(columns: int, is_gpu: bool) -> int:

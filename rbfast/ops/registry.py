@@ -1,8 +1,9 @@
 """The registry of ops: schemas, fakes, the reference for each op, and faster kernels from native libraries and Triton.
 
-The torch dispatcher chooses for each op and device: a native kernel if one is loaded, else on a GPU a Triton kernel,
-else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
-device; A and B are fp32. `run`: cols consists of aligned runs of that many consecutive columns, see `run_of`.
+The torch dispatcher chooses for each op and device: a native kernel if one is loaded, else on a GPU a Triton kernel
+where it can run, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors
+of a call share a device; A and B are fp32. `run`: cols consists of aligned runs of that many consecutive columns, see
+`run_of`.
 """
 
 import ctypes
@@ -95,19 +96,20 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{name}", key)
 
 
-def why_no_triton() -> str | None:
+def _why_no_triton() -> str | None:
     """Why Triton cannot run on any GPU of this machine; None if it can. Does not import it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    # It compiles a launcher for each kernel; its builds for Windows bring a compiler.
-    if os.name == "posix" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    # It compiles a launcher for each kernel, by CC if that is set; its builds for Windows bring a compiler.
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if os.name == "posix" and not any(map(shutil.which, names)):
         return "Triton needs a C compiler: install gcc"
     return None
 
 
 @cache
-def _is_old(device: torch.device) -> bool:
-    """Whether this is a GPU of NVIDIA's from before sm_80. Starts CUDA."""
+def is_old_gpu(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU before sm_80. Starts CUDA."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) < OLDEST
 
 
@@ -117,15 +119,17 @@ def has_row_kernel(device: torch.device) -> bool:
 
 
 def _triton_op(name: str) -> Callable[..., Any]:
-    """The Triton implementation of an op, or the reference on a GPU where that is faster. The first call imports
-    Triton."""
+    """The Triton implementation of an op, but the reference on an old GPU if the op is one of ON_TENSOR_CORES.
+
+    The first call imports Triton.
+    """
 
     def call(*args: Any) -> Any:
         devices = {x.device for x in args if isinstance(x, Tensor)}
         if len(devices) > 1:
             got = " and ".join(sorted(map(str, devices)))
             raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
-        if name in ON_TENSOR_CORES and _is_old(args[0].device):
+        if name in ON_TENSOR_CORES and is_old_gpu(args[0].device):
             return getattr(reference, name)(*args)
         module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
@@ -136,7 +140,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 def _register_triton() -> set[str]:
     """Registers Triton kernels for the ops without a native GPU kernel; returns their names."""
-    if not (torch.version.cuda or torch.version.hip) or why_no_triton():
+    if not (torch.version.cuda or torch.version.hip) or _NO_TRITON:
         return set()
     missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
     for name in sorted(missing):
@@ -151,6 +155,7 @@ for _name, _schema in _SCHEMAS.items():
 _NATIVE = _load_library("_C")
 # _C_cuda needs CUDA streams, which a CPU build of torch lacks.
 _CUDA = _load_library("_C_cuda") if torch.version.cuda else None
+_NO_TRITON = _why_no_triton()
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
     for _name in _PRODUCTS:
@@ -306,9 +311,10 @@ def _on_gpu(name: str) -> str:
         return _on_gpu(name.removeprefix("grouped_"))
     if name in _PRODUCTS:
         return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"
-    return "CUDA C++" if _has_kernel(name, "CUDA") else f"reference (no CUDA C++; {why_no_triton()})"
+    return "CUDA C++" if _has_kernel(name, "CUDA") else f"reference (no CUDA C++; {_NO_TRITON})"
 
 
+@cache
 def _triton_version() -> str:
     distributions = importlib.metadata.packages_distributions()  # torch's builds for ROCm install another name
     return importlib.metadata.version(distributions.get("triton", ["triton"])[0])

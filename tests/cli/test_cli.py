@@ -110,13 +110,16 @@ def test_info_reports_an_unsupported_gpu(
     native: str,
     triton: str,
 ) -> None:
-    kinds = {"a": "CUDA C++", "b": "torch.mm", "column_grad": "triton (3.6.0)", "scaled_": "triton (3.6.0)"}
+    kinds = {"a": "CUDA C++", "b": "torch.mm"} | dict.fromkeys(("column_grad", "scaled_"), "triton (3.6.0)")
+    kinds |= {"grouped_column_linear_": "triton (3.6.0)", "column_linear_": "CUDA C++"}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": kinds.copy())
+    monkeypatch.setattr("rbfast.ops.is_old_gpu", lambda device: capability < (8, 0))
+    monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": kinds)
     ops = json.loads(call(capsys, "info", "--json")[1])["gpu_ops"]
     assert ops["a"].startswith(native) and ops["b"] == "torch.mm"
+    assert ops["grouped_column_linear_"].startswith(native if capability < (8, 0) else "triton")
     assert ops["column_grad"] == triton and ops["scaled_"] == "triton (3.6.0)"
 
 

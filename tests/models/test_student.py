@@ -15,6 +15,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
 from rbfast.models.gguf_files import cache_gguf_parsing
 from rbfast.models.student import final_hidden, head_of, load_student, load_tokenizer, load_without_weights
+from rbfast.ops import is_old_gpu
 
 
 def test_local_folder_loads_in_the_requested_dtype(tmp_path):
@@ -314,13 +315,19 @@ def test_evaluation_mode_restores_the_mode_of_every_module():
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_default_dtype_is_one_the_device_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
+def test_default_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: multiplies and not including_emulation
-    )
-    assert student.fast_dtype() == student.fast_dtype("cuda") == dtype and student.fast_dtype("xpu") == torch.bfloat16
+    assert student.fast_dtype() == dtype and student.fast_dtype("cuda") == torch.bfloat16
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert load_student(str(tmp_path))[0].dtype == dtype
+
+
+def test_default_dtype_is_one_this_gpu_can_multiply(monkeypatch):
+    capabilities = {"cuda:0": (7, 5), "cuda:1": (8, 0)}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    monkeypatch.setattr(student, "is_old_gpu", is_old_gpu.__wrapped__)  # without its cache
+    assert [student.fast_dtype(device) for device in capabilities] == [torch.float32, torch.bfloat16]
