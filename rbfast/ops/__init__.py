@@ -16,7 +16,6 @@ from rbfast.ops.autograd import (
     is_spent,
 )
 from rbfast.ops.registry import (
-    OLDEST,
     ON_TENSOR_CORES,
     column_fold_,
     column_fold_all_,
@@ -48,7 +47,6 @@ from rbfast.ops.registry import (
 )
 
 __all__ = [
-    "OLDEST",
     "ON_TENSOR_CORES",
     "column_fold_",
     "column_fold_all_",
