@@ -22,8 +22,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
-OLDEST_GPU = (8, 0)
 GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # the most nvcc supports before 12.8; 9.0a has PTX for no later GPU
+OLDEST_GPU = (8, 0)
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
 OPTIMIZE = ["-Og", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
 LINK = SANITIZE or ["-s"]

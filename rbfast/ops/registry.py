@@ -68,7 +68,7 @@ _TRITON_MODULES = {
     "scaled_": "scale",
 }
 _OF_LISTS = {"column_grad_all": "column_grad", "column_fold_all_": "column_fold_"}  # for many matrices: the op for one
-# Ops whose Triton kernels multiply on tensor cores. On a GPU from before sm_80 Triton would multiply on plain cores:
+# Ops whose Triton kernels multiply on tensor cores. On a GPU before sm_80 Triton would multiply on plain cores:
 # these kernels would spill up to 16 KB of registers per thread, and one would not fit the shared memory.
 ON_TENSOR_CORES = (
     "column_grad",
