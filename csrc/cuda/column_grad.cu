@@ -40,14 +40,9 @@ struct Fit {
   int64_t blocks;
 };
 
-// The key of a device for `once`.
-std::pair<int, int> key_of(const Device& device) {
-  return {device.index(), device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
 template <typename T, int kN, bool kDot>
 Fit fit_of(const Device& device) {
-  return once(key_of(device), [&] {
+  return once(device.key(), [&] {
     constexpr int64_t kMostStages = 4, kStage = kStageBytes<T, kN, kDot>, kScratch = kScratchBytes<kN, kDot>;
     int resident = kBlocks<T, kN, kDot>;
     while (resident > 1 && shared_per_block(device, resident) < 2 * kStage + kScratch) --resident;
@@ -65,7 +60,7 @@ Fit fit_of(const Device& device) {
 // Ranks per sweep: as many as a block has shared memory for.
 int most_ranks(const Device& device) {
   constexpr int kNeeded = 2 * kStageBytes<float, 4, true> + kScratchBytes<4, true>;
-  return once(key_of(device), [&] { return shared_per_block(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
+  return once(device.key(), [&] { return shared_per_block(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
 }
 
 // Shares the units of matrices between blocks, at least `least` to each. Without any units, one block writes sums of 0.

@@ -156,7 +156,7 @@ void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const std:
   constexpr size_t kParts = kProjectWarps<T, kN> * kTokens / kSlice * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
   if (kShared > 48 << 10)  // beyond 48 KB a kernel must opt in
-    once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
+    once(device.key(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
   Projections all;
   int64_t blocks = ceil_div(x.tokens, kTokens);
   for (size_t i = 0; i < each.size(); ++i) {

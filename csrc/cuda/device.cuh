@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "checks.h"
 
@@ -232,15 +233,12 @@ class Device {
       expect(false, op, ": all tensors must be on one device, but ", first.name, " is on ", first.place(), " and ",
              x.name, " on ", x.place(), "; move one with .to(device)");
     }
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
   }
-  ~Device() {
-    if (before_ != index_) cudaSetDevice(before_);
-  }
+  ~Device() { aoti_torch_delete_cuda_guard(guard_); }
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
@@ -250,7 +248,8 @@ class Device {
     return value;
   }
 
-  int index() const { return index_; }
+  // The key of a device for `once`: the tests imitate several devices under one index.
+  std::pair<int, int> key() const { return {index_, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)}; }
 
   // Allows a kernel all the shared memory of a block. Always the same amount: another thread may be about to launch it.
   template <typename... Expected>
@@ -284,7 +283,8 @@ class Device {
   }
 
  private:
-  int index_, before_ = 0;
+  int index_;
+  CUDAGuardHandle guard_ = nullptr;  // unlike cudaSetDevice, it creates no context on a GPU that torch does not use
   cudaStream_t stream_ = nullptr;
 };
 

@@ -80,6 +80,7 @@ struct Plan {
   Streamed streamed = nullptr;
   int blocks, threads;
   size_t bytes;
+  int64_t teams = 0;  // that the device holds at once
 
   int warps() const { return blocks * threads / kWarp; }
 };
@@ -108,8 +109,8 @@ Plan streamed_plan(Family family) {
   return {nullptr, kernel, kBlocks, kDenseThreads, sizeof(DenseExchange<Team<kBlocks, kDenseThreads>>)};
 }
 
-// The layout must not depend on the number of rows or on their addresses: a row has the same bits in every batch.
-Plan make_plan(const Device& device, const Job& job) {
+// The fastest plan for a device whose clusters all fit.
+Plan best_plan(const Device& device, const Job& job) {
   const Family family = family_of(job);
   const bool is_dense = job.teacher != nullptr, clusters = has_clusters(device);
   const size_t shared_limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -126,11 +127,21 @@ Plan make_plan(const Device& device, const Job& job) {
 }
 
 // How many teams of a plan a device holds at once. The driver is asked once.
-int64_t teams_that_fit(const Device& device, const Plan& plan) {
-  return once(std::tuple(plan.kernel, device.index()), [&] {
-    device.allow_shared_memory(plan.kernel);
-    return std::max(1, device.clusters_that_fit({plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, plan.kernel));
+template <typename AnyKernel>
+int teams_that_fit(const Device& device, const Plan& plan, AnyKernel kernel) {
+  return once(std::tuple(kernel, device.key()), [&] {
+    device.allow_shared_memory(kernel);
+    return device.clusters_that_fit({plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, kernel);
   });
+}
+
+// The plan must not depend on the number of rows or on their addresses: a row has the same bits in every batch.
+Plan make_plan(const Device& device, const Job& job) {
+  Plan plan = best_plan(device, job);
+  plan.teams =
+      plan.kernel != nullptr ? teams_that_fit(device, plan, plan.kernel) : teams_that_fit(device, plan, plan.streamed);
+  // A small slice of a GPU may have too few multiprocessors for a cluster.
+  return plan.teams > 0 ? plan : streamed_plan<1>(family_of(job));
 }
 
 // Allocates the memory of a call's Scratch.
@@ -150,7 +161,7 @@ void launch(const Device& device, const Job& job, const Plan& plan, const Scratc
   const Series series = make_series(job.beta);
   device.launch({(job.rows + kRows - 1) / kRows, 1, kPrepareThreads}, prepare_rows, job, scratch);
   if (plan.kernel != nullptr) {
-    const int64_t teams = std::min(job.rows, teams_that_fit(device, plan));
+    const int64_t teams = std::min(job.rows, plan.teams);
     device.launch({teams * plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, plan.kernel, job, series, scratch);
   } else {
     const bool needs_sync = job.dz == static_cast<void*>(job.logits) && job.dz_is_bf16;

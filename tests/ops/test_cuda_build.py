@@ -92,13 +92,17 @@ def test_wheel_with_cuda_works_with_a_cpu_only_torch(
 
 
 def assert_registers_every_op(library: Path, tmp_path: Path) -> None:
-    """Loads the library into this torch, behind a stub libtorch.so that provides CUDA streams, as a CUDA torch's does.
+    """Loads the library into this torch, behind a stub libtorch.so that provides what a CUDA torch's does.
 
-    torch loads libraries with local symbols, so the library itself must depend on libtorch.so to find the streams.
+    torch loads libraries with local symbols, so the library itself must depend on libtorch.so to find CUDA's streams.
     """
     needed = run("readelf", "-d", str(library), cwd=ROOT)
     assert "[libtorch.so]" in needed and "cuda" not in needed, needed
-    source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
+    source = """
+int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }
+int aoti_torch_create_cuda_guard(int device, void** guard) { *guard = 0; return 0; }
+int aoti_torch_delete_cuda_guard(void* guard) { return 0; }
+"""
     of_torch = Path(torch.__file__).parent / "lib"
     for name, code, linked in (
         ("libtorch_cuda.so", source, []),
@@ -125,7 +129,7 @@ def test_a_library_that_needs_a_cuda_torch_is_not_loaded_without_one() -> None:
     assert ops.implementations("cuda")["column_grad"] == "none (this torch is built without a GPU)"
     built = sorted(Path(ops.__file__).parents[1].glob("_C_cuda.*so"))
     if built:
-        with pytest.raises(OSError, match="undefined symbol: aoti_torch_get_current_cuda_stream"):
+        with pytest.raises(OSError, match="undefined symbol: aoti_torch_"):
             ctypes.CDLL(str(built[0]), 2)  # RTLD_NOW
 
 

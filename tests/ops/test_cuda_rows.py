@@ -428,6 +428,12 @@ def test_bad_arguments_are_refused_by_name(gpu: Gpu) -> None:
         run(gpu, rows, dz=torch.zeros(9, 36))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V", (20, 5000))
+def test_rows_match_fp64_where_no_cluster_fits(kind: str, V: int) -> None:
+    assert_close_to_fp64(host("slice"), make(kind, V, V))
+
+
 def test_error_on_an_unsupported_gpu_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"invalid device function; .* sm_80 and later.* with RBFAST_CUDA=0"):
         run(host("volta"), make("text"))

@@ -22,11 +22,11 @@ from rbfast import ops
 from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-# name -> whether it has clusters, bytes of shared memory per SM, order of threads: 0 as numbered, 1 reversed,
-# 2 random. Geforce has the least shared memory of any GPU; starved can hold almost nothing of a row; volta is too old
-# for any kernel.
-HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "geforce": (1, 102400, 2), "starved": (1, 20000, 2)}
-HOSTS["volta"] = (0, 0, 0)
+# name -> clusters that fit at once (-1: it has none), bytes of shared memory per SM (which tell these devices apart),
+# order of threads: 0 as numbered, 1 reversed, 2 random. Geforce has the least shared memory of any GPU; starved can
+# hold almost nothing of a row; slice has too few SMs for a cluster; volta is too old for any kernel.
+HOSTS = {"hopper": (2, 233472, 0), "ampere": (-1, 167936, 1), "geforce": (2, 102400, 2), "starved": (2, 20000, 2)}
+HOSTS |= {"slice": (0, 200000, 0), "volta": (-1, 0, 0)}
 
 
 @dataclass(frozen=True)

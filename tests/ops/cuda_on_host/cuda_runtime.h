@@ -90,7 +90,9 @@ struct Fiber {
 
 // The imitated device and the order of its threads, which the tests choose.
 struct Machine {
-  int has_clusters = 1, shared_bytes = 233472, order = 0;  // no shared memory: a GPU that no kernel is compiled for
+  int clusters = 2;           // that fit at once; -1: a GPU without clusters, and kernels compiled for it
+  int shared_bytes = 233472;  // 0: a GPU that no kernel is compiled for
+  int order = 0;
   int launches = 0;  // so far
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
@@ -259,8 +261,8 @@ extern "C" __attribute__((used)) inline AOTITorchError __wrap_aoti_torch_empty_s
   return 0;
 }
 
-extern "C" __attribute__((visibility("default"), used)) inline void imitate(int has_clusters, int shared_bytes, int order) {
-  on_host::machine.has_clusters = has_clusters;
+extern "C" __attribute__((visibility("default"), used)) inline void imitate(int clusters, int shared_bytes, int order) {
+  on_host::machine.clusters = clusters;
   on_host::machine.shared_bytes = shared_bytes;
   on_host::machine.order = order;
 }
@@ -352,6 +354,7 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 enum cudaError_t {
   cudaSuccess,
   cudaErrorInvalidValue,
+  cudaErrorInvalidClusterSize,
   cudaErrorCooperativeLaunchTooLarge,
   cudaErrorInvalidDeviceFunction,
   cudaErrorNoKernelImageForDevice
@@ -392,18 +395,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
          : error == cudaErrorNoKernelImageForDevice  ? "no kernel image is available for execution on the device"
                                                      : "invalid argument";
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // the index of the CPU in torch
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+using CUDAGuardHandle = void*;
+inline AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) { return *guard = nullptr, 0; }
+inline AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return 0; }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount            ? kMultiprocessors
-           : which == cudaDevAttrClusterLaunch                ? on_host::machine.has_clusters
+           : which == cudaDevAttrClusterLaunch                ? on_host::machine.clusters >= 0
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? on_host::most_shared()
                                                               : on_host::machine.shared_bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->ptxVersion = on_host::machine.has_clusters ? 90 : 80;
+  attributes->ptxVersion = on_host::machine.clusters >= 0 ? 90 : 80;
   return on_host::machine.shared_bytes == 0 ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -418,13 +422,14 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
-  return *clusters = 2, cudaSuccess;
+  return *clusters = on_host::machine.clusters, cudaSuccess;
 }
 template <typename... Expected, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given... arguments) {
   const bool is_cooperative = config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeCooperative;
   const int cluster = is_cooperative ? config->gridDim.x : config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   const unsigned threads = config->blockDim.x;
+  if (cluster > 1 && !is_cooperative && on_host::machine.clusters == 0) return cudaErrorInvalidClusterSize;
   if (on_host::machine.shared_bytes == 0) return cudaErrorNoKernelImageForDevice;
   if (is_cooperative && cluster > kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
   on_host::machine.is_cooperative = is_cooperative;
