@@ -216,6 +216,13 @@ def test_separate_thought_belongs_to_the_next_reply_only() -> None:
     assert [turn.thought for turn in parse_turns(twice) or ()] == ["Add.\n\nCheck."]
 
 
+@pytest.mark.parametrize("role", ["thought", "thinking", "reasoning", "Thought"])
+@pytest.mark.parametrize("fields", [{"content": CLAUDE_SAID[:1]}, {"thinking": THOUGHT}, {"summary": THOUGHT}])
+def test_a_message_of_any_thinking_role_may_hold_blocks(role: str, fields: dict[str, Any]) -> None:
+    [trace] = interpret([*ASKED, {"role": role, **fields}, {"role": "assistant", "content": SAID}]).rows
+    assert trace["reasoning"] == THOUGHT
+
+
 def test_reply_takes_precedence_over_a_solution() -> None:
     """As in R1-Distill-SFT."""
     row = {"problem": QUESTION, "reannotated_assistant_content": TAGGED, "solution": "By hand it is \\boxed{42}."}
