@@ -95,7 +95,7 @@ def _refuse_deep_rows(read: Callable[_Arguments, _Result]) -> Callable[_Argument
         try:
             return read(*args, **kwargs)
         except RecursionError:
-            raise TraceError("the row is nested too deep to be read") from None
+            raise TraceError("the row is nested too deep to be read; leave the row out") from None
 
     return call
 
