@@ -262,10 +262,11 @@ def plan_run(
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
     config: DistillConfig = DistillConfig(),
+    quiet: bool = False,
+    *,
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
     held_out: Sequence[Trace] | float | None = None,
-    quiet: bool = False,
 ) -> Plan:
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
