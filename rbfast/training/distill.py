@@ -113,7 +113,7 @@ def distill(
             of the traces; `out` holds a run with other settings, model, traces or teacher, or a damaged file, or is not
             the same folder on all processes, or another run writes into it; `held_out` leaves no trace to train on or
             to measure; `keep_best` is set without `held_out`; a gradient is NaN or infinite.
-        TypeError: `traces` holds something other than Trace, or is a file name.
+        TypeError: `traces` or `held_out` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
         RuntimeError: another thread of this process is training.
