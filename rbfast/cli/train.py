@@ -179,7 +179,7 @@ def run_distill(args: argparse.Namespace) -> int:
     model, tokenizer, teacher = _load_models(args)
     extra = {"teacher": teacher, "adapter": args.adapter, "held_out": held_out}
     if args.plan:
-        plan = plan_run(model, tokenizer, traces, config, **extra, quiet=args.json)
+        plan = plan_run(model, tokenizer, traces, config, args.json, **extra)
         return print_result(args, plan.to_dict(), str(plan))
     try:
         extra |= {"signals": args.signals, "keep_best": args.keep_best, "report_to": args.report_to}

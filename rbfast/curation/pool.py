@@ -55,12 +55,12 @@ def recognise_formats(pool: Pool) -> dict[Source, list[str]]:
     """
     formats: dict[Source, list[str]] = {}
     for source in pool.sources:
-        names: Counter[str] = Counter()
-        rows = islice(read_native_rows(source, pool.options, note=names.update), PATIENCE)
+        names: list[str] = []
+        rows = islice(read_native_rows(source, pool.options, note=names.append), PATIENCE)
         errors = [row for _, row in rows if isinstance(row, TraceError)]
         if errors and not names:
             raise TraceError(f"{source}: none of the first {len(errors)} rows is a trace, the first: {errors[0]}")
-        formats[source] = [name for name, _ in names.most_common()]
+        formats[source] = [name for name, _ in Counter(names).most_common()]
     return formats
 
 

@@ -106,25 +106,18 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
                 for key, text in message.items()
             ]
         return None
-    if role.lower() not in _ROLES:
+    kind = _ROLES.get(role.lower())
+    if kind is None:
         raise TraceError(
             f"turn {number}: expected a role of system, user or assistant, got {role!r}; leave the row out"
         )
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
-    if role == THOUGHT and not content:
+    if kind == THOUGHT and not content:
         content = message.get("summary")
     thought, text = split_content(content, number)
-    if role == THOUGHT:
-        thought, text = None, "\n\n".join(filter(None, (thought, text)))
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
-    return [
-        Turn(
-            _ROLES[role.lower()],
-            text,
-            separate_thought(message) or (info and separate_thought(info)) or thought,
-            {**info, **message},
-        )
-    ]
+    thought = separate_thought(message) or separate_thought(info) or thought
+    return [Turn(kind, text, thought, {**info, **message})]
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
@@ -205,7 +198,7 @@ def _attach_thoughts(turns: Sequence[Turn]) -> list[Turn]:
     thoughts: list[str] = []
     for turn in turns:
         if turn.role == THOUGHT:
-            thoughts.append(turn.text)
+            thoughts += dict.fromkeys(filter(None, (turn.thought, turn.text)))  # some messages hold it twice
             continue
         if thoughts and turn.role == ASSISTANT:
             turn = Turn(turn.role, turn.text, "\n\n".join(filter(None, [*thoughts, turn.thought])), turn.rest)

@@ -48,7 +48,7 @@ NAMES = {
     "id": "id uuid unique_id custom_id problem_id question_id _id",
     "difficulty": "difficulty",
 }
-_ROLE_OF = {name.replace("_", ""): role for role, names in NAMES.items() for name in names.split()}
+_MEANINGS = {name.replace("_", ""): meaning for meaning, names in NAMES.items() for name in names.split()}
 _ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, name in enumerate(names.split())}
 # Field names that a teacher's name may prefix: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
 _BY_TEACHER = (
@@ -85,12 +85,12 @@ def fields_by_meaning(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
     by_meaning: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
-        role, field = _meaning_of(name, numbered)
-        if role is not None:
-            by_meaning.setdefault(role, []).append(field)
-    for role, fields in by_meaning.items():
+        meaning, field = _meaning_of(name, numbered)
+        if meaning is not None:
+            by_meaning.setdefault(meaning, []).append(field)
+    for meaning, fields in by_meaning.items():
         if any(_is_plain(field) for field in fields):
-            by_meaning[role] = fields = [
+            by_meaning[meaning] = fields = [
                 field for field in fields if field.teacher or field.number is not None or _is_plain(field)
             ]
         fields.sort(key=lambda field: (bool(field.teacher), _ORDER.get(_squeezed(field.name), 0)))
@@ -98,21 +98,21 @@ def fields_by_meaning(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
 
 
 def _meaning_of(name: str, numbered: list[str]) -> tuple[str | None, Field]:
-    if role := _ROLE_OF.get(_squeezed(name)):
-        return role, Field(name)
+    if meaning := _MEANINGS.get(_squeezed(name)):
+        return meaning, Field(name)
     match = _NUMBERED.fullmatch(name)
     if match and numbered.count(match["name"]) > 1:
-        role, field = _meaning_of(match["name"], [])
-        return ("reply" if role == "solution" else role), Field(name, field.teacher, int(match["number"]))
+        meaning, field = _meaning_of(match["name"], [])
+        return ("reply" if meaning == "solution" else meaning), Field(name, field.teacher, int(match["number"]))
     if (owned := _TEACHERS_FIELD.fullmatch(_snake(name))) and not _NOT_TEACHERS.fullmatch(owned["teacher"]):
-        role = _ROLE_OF[_squeezed(owned["name"])]
+        meaning = _MEANINGS[_squeezed(owned["name"])]
         teacher = "" if _NO_TEACHER.fullmatch(owned["teacher"]) else name[: owned.end("teacher")].strip("_")
-        return ("reply" if role in ("solution", "answer") else role), Field(name, teacher)
+        return ("reply" if meaning in ("solution", "answer") else meaning), Field(name, teacher)
     return None, Field(name)
 
 
 def _is_plain(field: Field) -> bool:
-    return _squeezed(field.name) in _ROLE_OF
+    return _squeezed(field.name) in _MEANINGS
 
 
 def _snake(name: str) -> str:

@@ -95,7 +95,7 @@ def _refuse_deep_rows(read: Callable[_Arguments, _Result]) -> Callable[_Argument
         try:
             return read(*args, **kwargs)
         except RecursionError:
-            raise TraceError("the row is nested too deep to be read") from None
+            raise TraceError("the row is nested too deep to be read; leave the row out") from None
 
     return call
 
@@ -141,7 +141,7 @@ def _native_row(row: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[st
     """A row that is already a trace, with the mapped fields set; None for any other row."""
     if not _is_native(row) or fields.keys() & {"reply", "solution", "conversation"}:
         return None
-    mapped = {"verified" if role == "verdict" else role: value_at(row, name) for role, name in fields.items()}
+    mapped = {"verified" if meaning == "verdict" else meaning: value_at(row, name) for meaning, name in fields.items()}
     native = {**row, **mapped} if mapped else row
     return native if not mapped or _is_native(native) else None
 
@@ -341,7 +341,8 @@ def _question_of_trace(trace: Mapping[str, Any], fields: RowFields) -> _Question
 
 def _known_answer(row: RowFields, question: _Question) -> str | None:
     """The known answer in a solution field or in the question's message."""
-    texts = [value for role in ("solution", "reference") for _, value in row.candidates(role) if isinstance(value, str)]
+    candidates = [*row.candidates("solution"), *row.candidates("reference")]
+    texts = [value for _, value in candidates if isinstance(value, str)]
     return (
         next(filter(None, map(stated_answer, texts)), None)
         or as_text(question.rest.get("reference_answer"))

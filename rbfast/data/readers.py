@@ -159,7 +159,7 @@ def read_native_rows(
     source: str | Path,
     options: FormatOptions = AUTO,
     *,
-    note: Callable[[list[str]], None] | None = None,
+    note: Callable[[str], None] | None = None,
     keep_fields: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """Every trace as an unchecked row with the fields of a trace; a TraceError in place of a row without a trace.
@@ -176,7 +176,7 @@ def read_native_rows(
             yield where, error
             continue
         if note is not None:
-            note([interpretation.name])
+            note(interpretation.name)
         rows = interpretation.rows
         if keep_fields and isinstance(row, Mapping):
             others = {name: value for name, value in row.items() if name not in _TRACE_FIELDS}

@@ -155,8 +155,8 @@ def cut_by_server(row: Mapping[str, Any]) -> str | None:
 
 def _which_complete(row: RowFields, count: int) -> list[bool]:
     whole = [True] * count
-    for role in ("complete", "finish"):
-        for _, value in row.candidates(role):
+    for meaning in ("complete", "finish"):
+        for _, value in row.candidates(meaning):
             if isinstance(value, list | tuple) and len(value) == count:
                 whole = [
                     so_far and mark is not False and str(mark).lower() not in _CUT
@@ -203,7 +203,7 @@ def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
     """(thinking, text) of a reply that is an object with both, `{"reasoning": .., "answer": ..}`; None for others."""
     fields = fields_by_meaning(tuple(map(str, value)))
     thoughts = [text for field in fields.get("reasoning", ()) if (text := _thought_text(field, value[field.name]))]
-    texts = [as_text(value[field.name]) for role in ("reply", "answer") for field in fields.get(role, ())]
+    texts = [as_text(value[field.name]) for meaning in ("reply", "answer") for field in fields.get(meaning, ())]
     text = next(filter(None, texts), None)
     return (thoughts[0], text) if thoughts and text else None
 

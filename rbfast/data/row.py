@@ -26,12 +26,12 @@ class RowFields:
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     teacher_field: str | None = None
 
-    def candidates(self, role: str) -> list[tuple[Field, Any]]:
+    def candidates(self, meaning: str) -> list[tuple[Field, Any]]:
         """The non-empty fields with this meaning."""
-        if role in self.fields:
-            return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
+        if meaning in self.fields:
+            return [(Field(self.fields[meaning]), value_at(self.values, self.fields[meaning]))]
         taken = set(self.fields.values())
-        named = fields_by_meaning(tuple(map(str, self.values))).get(role, ())
+        named = fields_by_meaning(tuple(map(str, self.values))).get(meaning, ())
         return [
             (field, self.values[field.name])
             for field in named
@@ -54,7 +54,7 @@ class RowFields:
 
     @property
     def has_reply(self) -> bool:
-        return any(self.candidates(role) for role in ("reply", "reasoning"))
+        return any(self.candidates(meaning) for meaning in ("reply", "reasoning"))
 
     def unknown(self) -> list[tuple[str, Any]]:
         """The non-empty fields of unknown meaning."""
@@ -71,21 +71,21 @@ class RowFields:
                     answers.append((Field(f"{name}.{field.name}", field.teacher), inner[field.name]))
         return answers
 
-    def one(self, role: str) -> tuple[Field, Any] | None:
+    def one(self, meaning: str) -> tuple[Field, Any] | None:
         """The field with this meaning, or None. Raises TraceError if several differ."""
-        return sole_candidate(role, self.candidates(role))
+        return sole_candidate(meaning, self.candidates(meaning))
 
-    def text(self, role: str) -> str | None:
+    def text(self, meaning: str) -> str | None:
         """The first text or number with this meaning."""
-        return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
+        return next((text for _, value in self.candidates(meaning) if (text := as_text(value)) is not None), None)
 
 
-def sole_candidate(role: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+def sole_candidate(meaning: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
     """The only candidate, or None. Raises TraceError if there are several with different values."""
     if any(value != candidates[0][1] for _, value in candidates[1:]):
         names = [field.name for field, _ in candidates]
-        fix = f"choose one with --map {role}={names[0]}" if role in MAPPED else "keep one of them"
-        raise TraceError(f"{role}: expected one field or equal values, got {' and '.join(names)}; {fix}")
+        fix = f"choose one with --map {meaning}={names[0]}" if meaning in MAPPED else "keep one of them"
+        raise TraceError(f"{meaning}: expected one field or equal values, got {' and '.join(names)}; {fix}")
     return candidates[0] if candidates else None
 
 

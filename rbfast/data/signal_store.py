@@ -1,7 +1,7 @@
 """A teacher's log-probs on disk: the top k at each trained token of each trace, in safetensors shards.
 
 ```python
-with SignalStore(folder, teacher="my-teacher", k=32) as store:
+with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
     if example not in store:
         store.add(example, rows, ids, logprobs)
 missing = SignalStore.open(folder).fill(examples)                # before training
@@ -235,7 +235,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if wrong := [name for name, kind in kinds.items() if type(about[name]) is not kind]:
             raise TypeError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {show(about[wrong[0]])}")
         if min(about["k"], about["vocabulary"]) < 1:
-            raise ValueError("k and vocabulary must be at least 1")
+            raise ValueError(f"k and vocabulary must be at least 1, got {about['k']} and {about['vocabulary']}")
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -29,7 +29,9 @@ class Decoding:
 
     Args:
         max_new_tokens: the limit of a completion; with a guide, its budget applies instead.
-        temperature: 0 for greedy decoding.
+        samples: completions of each problem.
+        temperature, top_p: of the distribution that tokens are drawn from; temperature 0 is greedy.
+        seed: of the draws; those of a problem depend on this and on its text alone.
         label: a name for the model and its adapter.
         instruction: the text after a problem; None for the tokenizer's default.
     """

@@ -32,8 +32,8 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interv
     """
     if not before or len(before) != len(after):
         raise ValueError(f"before and after must score the same problems, got {len(before)} and {len(after)}")
-    if not all(0.0 <= score <= 1.0 for score in (*before, *after)):
-        raise ValueError("scores must lie in [0, 1]")
+    if outside := [score for score in (*before, *after) if not 0.0 <= score <= 1.0]:
+        raise ValueError(f"scores must lie in [0, 1], got {outside[0]}")
     differences = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     n = len(differences) + 2
     centre = sum(differences) / n

@@ -59,6 +59,7 @@ length/time: mph =1397/3125; kph kmh kmph =5/18
 euros: euro =1
 sterling: gbp =1
 rupees: rupee rs =1
+yen or yuan: yen yuan rmb =1
 """
 _UNITS: dict[str, Unit] = {}
 for _line in _TABLE.strip().splitlines():
@@ -80,7 +81,7 @@ _SYMBOLS = {
 _SYMBOLS |= {prefix + base: Unit(_UNITS[base].dimension, _PREFIXES[prefix]) for prefix, base in ("nm", "ms", "ns")}
 
 _MULTIPLIERS = {"dozen": 12, "hundred": 100} | GROUPS
-CURRENCIES = {"money", "euros", "sterling", "rupees"}
+CURRENCIES = {"money", "euros", "sterling", "rupees", "yen or yuan"}
 """The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
 CURRENCY_SIGNS = "".join(_CURRENCY)
@@ -112,7 +113,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     """The text before the unit, and the unit (None if there is none or it counts things), of normalized text."""
     sign, currency, rest = _currency(text)
     if currency:
-        return sign + _scaled(rest), _UNITS.get(currency)
+        return sign + _scaled(rest), _UNITS[currency]
     text = _OHM.sub(r"\\text{ \1ohm}", text)
     if match := _DEGREES.search(text):
         name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]

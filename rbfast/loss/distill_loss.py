@@ -32,7 +32,7 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: a scalar, or [T] for reduction="none".
-        divergence, ce: [T], unweighted.
+        divergence, ce: [T] in nats, unweighted.
         hidden_grad_error_bound: [T], an upper bound of the Euclidean norm of what the gradient filter drops from the
             gradient of a row's weighted loss (before any mean) in `hidden`. None without a filter; 0 where the filter
             is ignored.

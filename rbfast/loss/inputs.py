@@ -86,10 +86,15 @@ def _label_checks(labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabul
 
 def _parameter_checks(name: str, values: Tensor) -> list[ValueCheck]:
     low, high = (x.double() for x in values.aminmax())  # both NaN if any is
+
+    def explain(wanted: str, wrong: Tensor) -> str:
+        row = int(wrong.nonzero()[0])
+        return f"{name} must be {wanted} in every row, got {float(values[row])} at row {row}"
+
     checks = [
-        ValueCheck(x, lambda v: not math.isfinite(v), lambda: f"{name} must be finite in every row")
+        ValueCheck(x, lambda v: not math.isfinite(v), lambda: explain("finite", ~values.isfinite()))
         for x in (low, high)
     ]
     if name == "temperature":
-        checks.append(ValueCheck(low, lambda v: v <= 0, lambda: f"{name} must be positive in every row"))
+        checks.append(ValueCheck(low, lambda v: v <= 0, lambda: explain("positive", values <= 0)))
     return checks

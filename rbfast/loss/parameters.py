@@ -43,7 +43,7 @@ def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> RowPara
     if not isinstance(value, Real):
         raise ValueError(f"{name} must be a float or a tensor [T] = [{hidden.shape[0]}], got {type(value).__name__}")
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite in every row")
+        raise ValueError(f"{name} must be finite, got {value}")
     if name == "temperature" and value <= 0:
-        raise ValueError("temperature must be positive in every row")
+        raise ValueError(f"temperature must be positive, got {value}")
     return RowParameter(None, float(value))

@@ -162,7 +162,7 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
         )
     unfit_layers = unfit(model)
     if targets == "all-linear":
-        head, excluded = head_of(model), {*unfit_layers, *non_text_linears(model)}
+        head, excluded = head_module(model), {*unfit_layers, *non_text_linears(model)}
         chosen = {name: module for name, module in linears.items() if name not in excluded and module is not head}
         if not chosen:
             raise ValueError(
@@ -181,14 +181,14 @@ def non_text_linears(model: nn.Module) -> dict[str, nn.Module]:
     text = _text_part(model)
     if text is model:
         return {}
-    inside = {*text.modules(), head_of(model)}
+    inside = {*text.modules(), head_module(model)}
     return {name: module for name, module in all_linears(model).items() if weight_owner(module)[0] not in inside}
 
 
 def _text_part(model: nn.Module) -> nn.Module:
     """The text model inside a multimodal model; any other model itself."""
     is_joined = getattr(getattr(model, "config", None), "text_config", None) is not None
-    return model.get_decoder() if is_joined and head_of(model) is not None else model  # type: ignore[operator]
+    return model.get_decoder() if is_joined and head_module(model) is not None else model  # type: ignore[operator]
 
 
 def check_fit(unfit_layers: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
@@ -201,7 +201,7 @@ def check_fit(unfit_layers: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
 def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of two or more dimensions outside the chosen layers, embeddings and output head:
     routers, stacked experts, convolutions, tied and bypassed layers."""
-    modules, head = named_modules(model), head_of(model)
+    modules, head = named_modules(model), head_module(model)
     excluded = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
     kept = (*excluded, *(modules[name] for name in chosen))
     known = {id(weight) for module in kept for weight in module.parameters()}
@@ -239,7 +239,7 @@ def shape_of(module: nn.Module, group: int) -> Shape:
     return Shape(out_features, in_features, group, experts_in(module))
 
 
-def head_of(model: nn.Module) -> nn.Module | None:
+def head_module(model: nn.Module) -> nn.Module | None:
     """The output head, without the wrapper of torch.compile; None if the model has none."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None

@@ -41,13 +41,12 @@ from rbfast.training.distill import (
     with_instruction,
 )
 from rbfast.training.distill_config import DistillConfig
-from rbfast.training.examples import instruction_of
+from rbfast.training.examples import check_items, instruction_of
 from rbfast.training.objective import Objective
 from rbfast.training.plan import Plan
 from rbfast.training.resume import digest_records
 from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.processes import is_first_process
-from rbfast.utils.records import show
 
 SAMPLES, SIGNALS = "samples", "signals"
 DEFAULTS = DistillConfig(objective=Objective(beta=1.0, ce_share=0.0))
@@ -146,8 +145,7 @@ def _prepare(
 ) -> tuple[_Rounds, TrainingData, DistillConfig]:
     """The examples, which `_RoundsBar` writes round by round; and the data and the config of the training on them."""
     check_config(config)
-    for other in (question for question in questions if not isinstance(question, Question)):
-        raise TypeError(f"expected a list of Question, got {show(other)}: read_questions(FILE) reads one from a file")
+    check_items(questions, Question, "rbfast.teacher.solutions.read_questions")
     former = saved_instruction(adapter, model.config.name_or_path) if config.instruction is None else None
     config = with_instruction(config, adapter, model)
     writer = Writer(model, tokenizer, former or instruction_of(tokenizer, config))

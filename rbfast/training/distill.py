@@ -43,7 +43,7 @@ from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import KEPT, check_disk_space, last_checkpoint, remove_checkpoints
 from rbfast.training.distill_config import SCHEDULES, DistillConfig
-from rbfast.training.examples import check_positions, check_traces, encode_held_out, encode_traces, instruction_of
+from rbfast.training.examples import check_items, check_positions, encode_held_out, encode_traces, instruction_of
 from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan, tokens_in
@@ -113,7 +113,7 @@ def distill(
             of the traces; `out` holds a run with other settings, model, traces or teacher, or a damaged file, or is not
             the same folder on all processes, or another run writes into it; `held_out` leaves no trace to train on or
             to measure; `keep_best` is set without `held_out`; a gradient is NaN or infinite.
-        TypeError: `traces` holds something other than Trace, or is a file name.
+        TypeError: `traces` or `held_out` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
         RuntimeError: another thread of this process is training.
@@ -122,7 +122,7 @@ def distill(
     if keep_best and held_out is None:
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     check_trackers(report_to)
-    check_traces(traces)
+    check_items(traces, Trace, "read_traces")
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher must be a model, got {type(teacher).__name__}: pass the log-probs of a function as the traces' "
@@ -262,14 +262,15 @@ def plan_run(
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
     config: DistillConfig = DistillConfig(),
+    quiet: bool = False,
+    *,
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
     held_out: Sequence[Trace] | float | None = None,
-    quiet: bool = False,
 ) -> Plan:
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
-    check_traces(traces)
+    check_items(traces, Trace, "read_traces")
     config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config, quiet)

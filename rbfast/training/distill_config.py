@@ -22,12 +22,16 @@ class DistillConfig:
         targets: the linear layers to train, by PEFT's rules: names or their ends, a regex, or "all-linear".
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation"
             (docs/training.md).
+        epochs: passes over the traces.
         batch_size, accumulation: traces per batch, and batches per optimizer step, on each process.
         tokens_per_batch: the most tokens in a batch, instead of batch_size. A longer trace is alone in its batch.
         gradient_checkpointing: keep only the input of each layer, and rerun the layer for its backward.
+        learning_rate: AdamW's, at its peak.
         warmup: the share of the steps before the peak learning rate.
         schedule: the decay of the learning rate from its peak: linear or cosine to zero, or constant.
         max_tokens: longer traces are left out and listed, never cut.
+        save_steps: optimizer steps between checkpoints, and between measurements of held-out traces.
+        seed: of the columns, their initial values, and the order of the traces.
         instruction: the text after the problem in a prompt: "answer", "boxed", "none" or a text. None is the one that
             the adapter or merged model to continue from was trained with, else "boxed" if the student's chat template
             has thinking, and "answer" otherwise.

@@ -18,10 +18,11 @@ from rbfast.utils.progress import bar
 from rbfast.utils.records import show
 
 
-def check_traces(traces: object) -> None:
-    given = [traces] if isinstance(traces, str | Path) else traces
-    for other in (trace for trace in given if not isinstance(trace, Trace)):  # type: ignore[attr-defined]
-        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
+def check_items(items: object, kind: type, reader: str) -> None:
+    """Raises TypeError if an item is of another kind. reader: the function that reads a file of such items."""
+    given = [items] if isinstance(items, str | Path) else items
+    for other in (item for item in given if not isinstance(item, kind)):  # type: ignore[attr-defined]
+        raise TypeError(f"expected a list of {kind.__name__}, got {show(other)}: {reader}(FILE) reads one from a file")
 
 
 def encode_traces(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rbfast.data.trace import Trace
+from rbfast.training.examples import check_items
 
 
 def split_held_out(
@@ -19,11 +20,13 @@ def split_held_out(
 
     Raises:
         ValueError: a share that leaves no trace on one side, or an empty list.
+        TypeError: a list of something other than Trace, or a file name.
     """
     if held_out is None:
         return traces, []
     if isinstance(held_out, int | float):
         return _split_by_share(traces, held_out, seed)
+    check_items(held_out, Trace, "read_traces")
     if not held_out:
         raise ValueError("held_out: expected traces to measure the loss on, got none")
     trained = {_problem_of(trace) for trace in traces}

@@ -23,8 +23,12 @@ class Objective:
 
     The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
     `anneal` of it has moved to the tactical weight. The loss of a row with log-probs is
-    `ce_share * CE + (1 - ce_share) * D`. `gradient_filter` is DistillLoss's: the share of each token's gradient that a
-    CPU may skip.
+    `ce_share * CE + (1 - ce_share) * tau^2 * D`, with D as DistillLoss defines it for `beta`, at the temperature tau of
+    the row's role. `gradient_filter` is DistillLoss's: the share of each token's gradient that a CPU may skip.
+
+    Raises:
+        TypeError: a field is not a number.
+        ValueError: a number is out of range, or all role weights are 0.
     """
 
     strategic: float = 0.4

@@ -28,7 +28,7 @@ from rbfast.adapter.column_delta import deltas_of
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
-from rbfast.models.linears import head_of, is_sharded, is_spread
+from rbfast.models.linears import head_module, is_sharded, is_spread
 from rbfast.models.student import final_hidden
 from rbfast.training.arguments import sole_training
 from rbfast.training.batches import batches_by_tokens, collate_items
@@ -363,7 +363,7 @@ def _check_inputs(model: nn.Module, adapter: nn.Module, train_dataset: object, t
                 "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
                 "nothing: attach one with SparseAdapter.attach or from_pretrained"
             )
-        head = head_of(model)
+        head = head_module(model)
         if name := next((name for name, site in adapter.sites().items() if site.linear is head), None):
             raise ValueError(
                 f"{name} is the output head: the loss uses its weight without running the layer, so its delta would "

@@ -216,6 +216,13 @@ def test_separate_thought_belongs_to_the_next_reply_only() -> None:
     assert [turn.thought for turn in parse_turns(twice) or ()] == ["Add.\n\nCheck."]
 
 
+@pytest.mark.parametrize("role", ["thought", "thinking", "reasoning", "Thought"])
+@pytest.mark.parametrize("fields", [{"content": CLAUDE_SAID[:1]}, {"thinking": THOUGHT}, {"summary": THOUGHT}])
+def test_a_message_of_any_thinking_role_may_hold_blocks(role: str, fields: dict[str, Any]) -> None:
+    [trace] = interpret([*ASKED, {"role": role, **fields}, {"role": "assistant", "content": SAID}]).rows
+    assert trace["reasoning"] == THOUGHT
+
+
 def test_reply_takes_precedence_over_a_solution() -> None:
     """As in R1-Distill-SFT."""
     row = {"problem": QUESTION, "reannotated_assistant_content": TAGGED, "solution": "By hand it is \\boxed{42}."}
@@ -292,6 +299,11 @@ def test_options_in_separate_fields_or_already_in_the_problem() -> None:
 def test_known_answer_is_found_in_reward_fields(row: Any) -> None:
     assert question_of({"prompt": ASKED, **row}) == {"problem": QUESTION, "answer": "42"}
     assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
+
+
+@pytest.mark.parametrize("answer", [{"value": 0}, {"value": [0]}, {"value": "", "text": "0"}, [0]])
+def test_zero_is_an_answer(answer: Any) -> None:
+    assert question_of({"question": QUESTION, "answer": answer})["answer"] == "0"
 
 
 def test_a_known_answer_beside_the_question_becomes_the_reference() -> None:

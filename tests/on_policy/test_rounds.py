@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,8 +154,9 @@ def test_student_keeps_the_prompt_it_was_trained_with(tmp_path):
 def test_problems_that_do_not_fill_a_round_are_left_out(tmp_path):
     with pytest.warns(UserWarning, match="2 of 12 problems are left out: 5 rounds take 2 each"):
         assert run(tmp_path, rounds=5).traces == 10
-    with pytest.raises(TypeError, match=r"expected a list of Question, got str 'p': read_questions\(FILE\)"):
-        run(tmp_path / "names", questions="problems.jsonl")
+    for name in ("problems.jsonl", Path("problems.jsonl")):
+        with pytest.raises(TypeError, match=r"list of Question, got .*problems\.jsonl.*solutions\.read_questions"):
+            run(tmp_path / "names", questions=name)
 
 
 def test_killed_process_writes_the_remaining_samples(tmp_path):

@@ -67,6 +67,11 @@ def test_single_problem_cannot_be_split():
         split_held_out([TRACES[0]] * 3, 0.5, seed=0)
 
 
+def test_a_file_name_in_place_of_held_out_traces_is_refused():
+    with pytest.raises(TypeError, match=r"expected a list of Trace, got str 'other\.jsonl': read_traces"):
+        split_held_out(TRACES, "other.jsonl", seed=0)
+
+
 def test_held_out_problems_that_are_trained_on_warn():
     with pytest.warns(UserWarning, match="2 of 7 held-out traces have a problem that is trained on"):
         assert split_held_out(TRACES, OTHERS + TRACES[:2], seed=0) == (TRACES, OTHERS + TRACES[:2])
