@@ -72,11 +72,12 @@ def cuda_extension(toolkit: str, release: tuple[int, int]) -> CppExtension:
         depends=sources(*HEADERS),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[STABLE_ABI, ("USE_CUDA", None)],
-        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-Xcompiler", ",".join(HOST_FLAGS)]},
+        # --threads=0: nvcc compiles a file for several GPUs at once.
+        extra_compile_args={"cxx": [], "nvcc": ["-O3", "--threads=0", "-Xcompiler", ",".join(HOST_FLAGS)]},
         libraries=["cudart_static", "rt", "dl"],
         library_dirs=[f"{toolkit}/lib64", f"{toolkit}/lib"],
-        # CUDA streams come from libtorch_cuda. It is linked through libtorch.so, which a CPU-only torch has too, but
-        # which is empty itself: the linker would drop it with --as-needed.
+        # CUDA streams and guards come from libtorch_cuda. It is linked through libtorch.so, which a CPU-only torch has
+        # too, but which is empty itself: the linker would drop it with --as-needed.
         extra_link_args=["-s", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
         py_limited_api=True,
     )
