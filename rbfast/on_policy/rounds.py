@@ -14,7 +14,6 @@ A round is an epoch of one training, so AdamW and the schedule continue across r
 from __future__ import annotations
 
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rbfast.data.encoding import Example
 from rbfast.data.instruction import saved_instruction
@@ -95,6 +94,7 @@ def distill_on_policy(
     if examples.teacher is not None and not (out / SAMPLES).exists():
         # Before the folder is tied to the settings.
         examples.teacher.check(examples.writer.prompt_ids(questions[0]), tokenizer)
+    progress = TrainingBar(quiet or not is_first_process())
     run = train_examples(
         model,
         tokenizer,
@@ -105,7 +105,8 @@ def distill_on_policy(
         teacher=_beside(teacher),
         adapter=adapter,
         report_to=report_to,
-        progress=_RoundsBar(quiet or not is_first_process(), examples),
+        progress=progress,
+        callbacks=[_RoundStarter(examples, progress)],
         start=start,
     )
     return replace(run, traces=rounds * len(examples))
@@ -143,7 +144,7 @@ def _prepare(
     writing: Writing,
     adapter: str | Path | None,
 ) -> tuple[_Rounds, TrainingData, DistillConfig]:
-    """The examples, which `_RoundsBar` writes round by round; and the data and the config of the training on them."""
+    """The examples, which `_RoundStarter` writes round by round; and the data and the config of the training on them."""
     check_config(config)
     check_items(questions, Question, "rbfast.teacher.solutions.read_questions")
     former = saved_instruction(adapter, model.config.name_or_path) if config.instruction is None else None
@@ -212,7 +213,7 @@ def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> 
 
 
 class _Rounds(Sequence[Example]):
-    """The examples of the current round, which `start` sets. Before the first, the longest possible ones, for the plan
+    """The examples of the current round, which `start` sets as an epoch begins (`_RoundStarter`). Before the first, the longest possible ones, for the plan
     of the memory."""
 
     def __init__(
@@ -261,30 +262,24 @@ def _show(show: Callable[[str], None], what: str, done: int, total: int) -> None
     show(f"{what} {done}/{total}")
 
 
-class _RoundsBar(TrainingBar):
+class _RoundStarter(TrainerCallback):
     """Starts a round at the beginning of each epoch, and reports what was written."""
 
-    def __init__(self, quiet: bool, rounds: _Rounds) -> None:
-        super().__init__(quiet)
-        self.rounds = rounds
+    def __init__(self, rounds: _Rounds, progress: TrainingBar) -> None:
+        self.rounds, self.progress = rounds, progress
 
     def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         count = len(self.rounds.rounds)
         number = state.global_step * count // state.max_steps
         name = f"round {number + 1} of {count}"
-
-        def show(what: str) -> None:
-            self.bar.update(self.task, description=f"{name}:\n{what}")
-
-        records, refused = self.rounds.start(number, show)
+        records, refused = self.rounds.start(number, lambda what: self.progress.show(f"{name}:\n{what}"))
         if refused and is_first_process():
             warnings.warn(
                 f"{name}: {len(refused)} of {len(records)} completions are not trained on, because the teacher's "
                 f"server did not score them: {refused[0]}",
                 stacklevel=2,
             )
-        if not self.bar.disable:
-            print(f"{name}: {summary(records)}", file=sys.stderr)
+        self.progress.print(f"{name}: {summary(records)}")
 
     def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         # A killed run must find the weights that write the next round.

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from rbfast.adapter.adapter_files import adapter_digest
 from rbfast.adapter.column_scores import ColumnScores, Method, score_columns
@@ -189,9 +189,11 @@ def train_examples(
     keep_best: bool = False,
     report_to: Sequence[str] = (),
     progress: TrainingBar | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     start: float,
 ) -> Run:
-    """The training of `distill`, on encoded examples. start: `time.monotonic()` at the start of the call."""
+    """The training of `distill`, on encoded examples. callbacks: the trainer calls them after `progress`. start:
+    `time.monotonic()` at the start of the call."""
     is_first = is_first_process()  # all processes share the folder, and only the first one writes
     examples = data.examples
     settings = run_settings(model, asdict(config)) | data.settings
@@ -221,7 +223,7 @@ def train_examples(
         if is_first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = progress or TrainingBar(quiet or not is_first)
-        trainer = _make_trainer(model, trained, arguments, data, config, teacher, progress)
+        trainer = _make_trainer(model, trained, arguments, data, config, teacher, [progress, *callbacks])
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
@@ -344,9 +346,9 @@ def _make_trainer(
     data: TrainingData,
     config: DistillConfig,
     teacher: PreTrainedModel | None,
-    progress: TrainingBar,
+    callbacks: Sequence[TrainerCallback],
 ) -> DistillTrainer:
-    """The trainer, with our progress bar instead of printed lines."""
+    """The trainer, without the lines and the bar that a Trainer prints."""
     trainer = DistillTrainer(
         model,
         adapter,
@@ -357,7 +359,7 @@ def _make_trainer(
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
         logs_divergence=data.is_on_policy,
-        callbacks=[progress, StopAtNaN()],
+        callbacks=[*callbacks, StopAtNaN()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -19,8 +19,8 @@ class TrainingBar(TrainerCallback):
         self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step and not self.bar.disable:
-            print(f"resuming at step {state.global_step} of {state.max_steps}", file=sys.stderr)
+        if state.global_step:
+            self.print(f"resuming at step {state.global_step} of {state.max_steps}")
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
@@ -32,6 +32,15 @@ class TrainingBar(TrainerCallback):
         # Two per line: four do not fit beside the bar in a terminal of 80 columns.
         lines = "\n".join("  ".join(losses[i : i + 2]) for i in range(0, len(losses), 2))
         self.bar.update(self.task, completed=state.global_step, description=lines)
+
+    def show(self, text: str) -> None:
+        """Shows a text beside the bar, until the next losses."""
+        self.bar.update(self.task, description=text)
+
+    def print(self, line: str) -> None:
+        """Prints a line above the bar, unless it is quiet."""
+        if not self.bar.disable:
+            print(line, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.stop()

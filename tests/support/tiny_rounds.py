@@ -32,7 +32,7 @@ def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
     arguments["teacher"] = arguments["teacher"] or teacher()
     questions = arguments.pop("questions", QUESTIONS)
     if cut_at is not None:
-        monkeypatch.setattr(module, "_RoundsBar", cut_bar(cut_at))
+        monkeypatch.setattr(module, "_RoundStarter", cut_starter(cut_at))
     try:
         config = replace(CONFIG, **settings)
         return distill_on_policy(model or student(), TOKENIZER, questions, folder, config, True, **arguments)
@@ -41,10 +41,10 @@ def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
             monkeypatch.undo()
 
 
-def cut_bar(step):
-    class Cut(module._RoundsBar, PowerCut):
-        def __init__(self, quiet, examples):
-            super().__init__(quiet, examples)
+def cut_starter(step):
+    class Cut(module._RoundStarter, PowerCut):
+        def __init__(self, rounds, progress):
+            super().__init__(rounds, progress)
             self.step = step
 
     return Cut
