@@ -19,8 +19,8 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,12 +36,15 @@ from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
 from rbfast.teacher.client import NO_SUCH_PATH, REFUSED, IncompleteReply, Server, ServerError, pause_after
+from rbfast.utils.interrupts import announce_wait, counted_interrupts
+from rbfast.utils.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CANDIDATES = 5  # log-probs per token; every server supports this many
 _MOST_FAILURES = 8  # in a row, refused problems aside: then the server is at fault
+_LONGEST_SILENCE = 0.2  # seconds between checks for Ctrl-C
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
@@ -341,47 +344,79 @@ class ServerSolver:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
                 raised after the other problems are solved, or once eight in a row have failed for another reason than
                 a refusal (400, 413, 422).
+            KeyboardInterrupt: after Ctrl-C, once the replies under way have arrived and the problems that they complete
+                were yielded, or at a second Ctrl-C. Streams are closed at once.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
         asked = list(starmap(_Asked, zip(problems, systems or [None] * len(problems), seeds, strict=True)))
         votes = [_RunningVote(sampling.samples, sampling.early_stop) for _ in problems]
+        stop = threading.Event()
 
-        def sample(i: int, number: int) -> Solution:
+        def sample(key: tuple[int, int]) -> Solution:
+            i, number = key
             server = self._server_for(sampling, asked[i].seed + number)
             heard = partial(listen, i) if listen else None
-            solution = self._solve_sample(asked[i], guide, server, heard, votes[i].over.is_set)
+            abandoned = lambda: stop.is_set() or votes[i].over.is_set()  # noqa: E731
+            solution = self._solve_sample(asked[i], guide, server, heard, abandoned)
             votes[i].take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
+        keys = [(i, number) for i in range(len(problems)) for number in range(sampling.samples)]
+        jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]  # those that have ended
         failed: dict[int, ServerError] = {}
-        left, in_a_row = [sampling.samples] * len(problems), 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
-                problem_of = {job: i for i, row in enumerate(jobs) for job in row}
-                for job in as_completed(problem_of):
-                    i = problem_of[job]
-                    left[i] -= 1
-                    try:
-                        job.result()
-                    except ServerError as error:
-                        failed.setdefault(i, error)
-                        votes[i].over.set()
-                    if left[i]:
-                        continue
-                    if i not in failed:
-                        in_a_row = 0
-                        yield i, [job.result() for job in jobs[i]]
-                    elif failed[i].status not in REFUSED:
-                        in_a_row += 1
-                        if in_a_row == _MOST_FAILURES:
-                            break
-            finally:  # also after an interrupt
-                for vote in votes:
-                    vote.over.set()
+        in_a_row = 0
+        with closing(self._ended(Workers(sample, keys, self.concurrency), stop)) as ended:
+            for (i, number), job in ended:
+                error = job.exception()
+                if isinstance(error, ServerError):
+                    failed.setdefault(i, error)
+                    votes[i].over.set()
+                elif job.result().abandoned and not votes[i].over.is_set():  # by `stop`
+                    continue
+                jobs[i][number] = job
+                if len(jobs[i]) < sampling.samples:
+                    continue
+                if i not in failed:
+                    in_a_row = 0
+                    yield i, [jobs[i][number].result() for number in range(sampling.samples)]
+                elif failed[i].status not in REFUSED:
+                    in_a_row += 1
+                    if in_a_row == _MOST_FAILURES:
+                        stop.set()
         if failed:
             raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
+
+    def _ended(
+        self, workers: Workers[tuple[int, int], Solution], stop: threading.Event
+    ) -> Generator[tuple[tuple[int, int], Future[Solution]]]:
+        """Yields the samples as they end. After `stop` or Ctrl-C nothing more is sent or retried, but replies under way
+        are waited for; a second Ctrl-C drops them. Raises KeyboardInterrupt after Ctrl-C."""
+        retried, is_told = self.server.retried, False
+        with counted_interrupts() as interrupts:
+            try:
+                while workers.left:
+                    if interrupts:
+                        stop.set()
+                    if stop.is_set():
+                        workers.drop_queue()
+                        for thread in workers.threads:
+                            retried.give_up(thread)
+                    coming = sum(thread.is_alive() and not retried.is_waiting(thread) for thread in workers.threads)
+                    if interrupts and not is_told:
+                        is_told = True
+                        announce_wait(coming)
+                    leaves = len(interrupts) > 1 or (stop.is_set() and not coming)
+                    ended = workers.take(0 if leaves else _LONGEST_SILENCE)
+                    if ended is not None:
+                        yield ended
+                    elif leaves:
+                        break
+            finally:
+                stop.set()
+                workers.drop_queue()
+        if interrupts:
+            raise KeyboardInterrupt
 
     def _solve_sample(
         self,
@@ -457,7 +492,7 @@ class _RunningVote:
 
 
 def _summary_of(
-    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Sequence[Future[Solution]]]
+    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Mapping[int, Future[Solution]]]
 ) -> ServerError:
     """The error of the first problem that failed, with the solutions so far of its samples, which have ended.
 
@@ -467,7 +502,7 @@ def _summary_of(
     decisive = next((error for error in failed.values() if error.status not in REFUSED), first)
     name = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
     more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
-    written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
+    written = [solution for _, job in sorted(jobs[i].items()) if (solution := _partial_solution(job))]
     return ServerError(f"{name}{first}{more}", decisive.status, written)
 
 
