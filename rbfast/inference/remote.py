@@ -19,7 +19,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -36,15 +36,13 @@ from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
 from rbfast.teacher.client import NO_SUCH_PATH, REFUSED, IncompleteReply, Server, ServerError, pause_after
-from rbfast.utils.interrupts import announce_wait, counted_interrupts
-from rbfast.utils.workers import Workers
+from rbfast.teacher.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CANDIDATES = 5  # log-probs per token; every server supports this many
 _MOST_FAILURES = 8  # in a row, refused problems aside: then the server is at fault
-_LONGEST_SILENCE = 0.2  # seconds between checks for Ctrl-C
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
@@ -366,7 +364,7 @@ class ServerSolver:
         jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]  # those that have ended
         failed: dict[int, ServerError] = {}
         in_a_row = 0
-        with closing(self._ended(Workers(sample, keys, self.concurrency), stop)) as ended:
+        with closing(Workers(sample, keys, self.concurrency).ended(self.server.retried, stop)) as ended:
             for (i, number), job in ended:
                 error = job.exception()
                 if isinstance(error, ServerError):
@@ -386,37 +384,6 @@ class ServerSolver:
                         stop.set()
         if failed:
             raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
-
-    def _ended(
-        self, workers: Workers[tuple[int, int], Solution], stop: threading.Event
-    ) -> Generator[tuple[tuple[int, int], Future[Solution]]]:
-        """Yields the samples as they end. After `stop` or Ctrl-C nothing more is sent or retried, but replies under way
-        are waited for; a second Ctrl-C drops them. Raises KeyboardInterrupt after Ctrl-C."""
-        retried, is_told = self.server.retried, False
-        with counted_interrupts() as interrupts:
-            try:
-                while workers.left:
-                    if interrupts:
-                        stop.set()
-                    if stop.is_set():
-                        workers.drop_queue()
-                        for thread in workers.threads:
-                            retried.give_up(thread)
-                    coming = sum(thread.is_alive() and not retried.is_waiting(thread) for thread in workers.threads)
-                    if interrupts and not is_told:
-                        is_told = True
-                        announce_wait(coming)
-                    leaves = len(interrupts) > 1 or (stop.is_set() and not coming)
-                    ended = workers.take(0 if leaves else _LONGEST_SILENCE)
-                    if ended is not None:
-                        yield ended
-                    elif leaves:
-                        break
-            finally:
-                stop.set()
-                workers.drop_queue()
-        if interrupts:
-            raise KeyboardInterrupt
 
     def _solve_sample(
         self,
