@@ -31,7 +31,7 @@ from rbfast.data.chat_template import default_instruction, format_prompt
 from rbfast.data.instruction import ANSWER, Instruction
 from rbfast.data.thinking_marks import THINKING
 from rbfast.inference.guide import Guide, Phrases
-from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution, check_texts
+from rbfast.inference.solver import GREEDY, Interrupted, Listener, Sampling, Solution, check_texts
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
@@ -342,8 +342,8 @@ class ServerSolver:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
                 raised after the other problems are solved, or once eight in a row have failed for another reason than
                 a refusal (400, 413, 422).
-            KeyboardInterrupt: after Ctrl-C, once the replies under way have arrived and the problems that they complete
-                were yielded, or at a second Ctrl-C. Streams are closed at once.
+            Interrupted: after Ctrl-C, once the replies under way have arrived and the problems that they complete were
+                yielded, or at a second Ctrl-C. Streams are closed at once.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
@@ -364,24 +364,28 @@ class ServerSolver:
         jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]  # those that have ended
         failed: dict[int, ServerError] = {}
         in_a_row = 0
-        with closing(Workers(sample, keys, self.concurrency).ended(self.server.retried, stop)) as ended:
-            for (i, number), job in ended:
-                error = job.exception()
-                if isinstance(error, ServerError):
-                    failed.setdefault(i, error)
-                    votes[i].over.set()
-                elif job.result().abandoned and not votes[i].over.is_set():  # by `stop`
-                    continue
-                jobs[i][number] = job
-                if len(jobs[i]) < sampling.samples:
-                    continue
-                if i not in failed:
-                    in_a_row = 0
-                    yield i, [jobs[i][number].result() for number in range(sampling.samples)]
-                elif failed[i].status not in REFUSED:
-                    in_a_row += 1
-                    if in_a_row == _MOST_FAILURES:
-                        stop.set()
+        try:
+            with closing(Workers(sample, keys, self.concurrency).ended(self.server.retried, stop)) as ended:
+                for (i, number), job in ended:
+                    error = job.exception()
+                    if isinstance(error, ServerError):
+                        failed.setdefault(i, error)
+                        votes[i].over.set()
+                    elif job.result().abandoned and not votes[i].over.is_set():  # by `stop`
+                        continue
+                    jobs[i][number] = job
+                    if len(jobs[i]) < sampling.samples:
+                        continue
+                    if i not in failed:
+                        in_a_row = 0
+                        yield i, [jobs[i][number].result() for number in range(sampling.samples)]
+                    elif failed[i].status not in REFUSED:
+                        in_a_row += 1
+                        if in_a_row == _MOST_FAILURES:
+                            stop.set()
+        except KeyboardInterrupt:
+            whole = [[job for _, job in sorted(of_one.items()) if not job.exception()] for of_one in jobs]
+            raise Interrupted([[job.result() for job in of_one] for of_one in whole]) from None
         if failed:
             raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
 
