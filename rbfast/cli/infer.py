@@ -108,7 +108,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def run_solve(args: argparse.Namespace) -> int:
     from rbfast.cli.transcript import Transcript
     from rbfast.inference.guide import Guide
-    from rbfast.inference.solver import Sampling
+    from rbfast.inference.solver import Interrupted, Sampling
 
     problem = _read_stdin() if args.problem == "-" else args.problem
     if not problem.strip():
@@ -125,6 +125,10 @@ def run_solve(args: argparse.Namespace) -> int:
         if args.json and error.partial:
             written = [solution.to_dict() for solution in error.partial]
             print_result(args, {"answer": None, "error": str(error), "solutions": written}, "")
+        raise
+    except Interrupted as stop:
+        if stop.partial[0]:  # paid for
+            _print_solutions(args, stop.partial[0], transcript)
         raise
     return _print_solutions(args, solutions, transcript)
 

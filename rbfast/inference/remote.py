@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,11 +31,12 @@ from rbfast.data.chat_template import default_instruction, format_prompt
 from rbfast.data.instruction import ANSWER, Instruction
 from rbfast.data.thinking_marks import THINKING
 from rbfast.inference.guide import Guide, Phrases
-from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution, check_texts
+from rbfast.inference.solver import GREEDY, Interrupted, Listener, Sampling, Solution, check_texts
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
 from rbfast.teacher.client import NO_SUCH_PATH, REFUSED, IncompleteReply, Server, ServerError, pause_after
+from rbfast.teacher.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -341,45 +342,50 @@ class ServerSolver:
             ServerError: a sample failed; `partial` lists the solutions so far of all samples of its problem. It is
                 raised after the other problems are solved, or once eight in a row have failed for another reason than
                 a refusal (400, 413, 422).
+            Interrupted: after Ctrl-C, once the replies under way have arrived and the problems that they complete were
+                yielded, or at a second Ctrl-C. Streams are closed at once.
         """
         check_texts(problems, sampling)
         seeds = sampling.seed if isinstance(sampling.seed, Sequence) else [sampling.seed] * len(problems)
         asked = list(starmap(_Asked, zip(problems, systems or [None] * len(problems), seeds, strict=True)))
         votes = [_RunningVote(sampling.samples, sampling.early_stop) for _ in problems]
+        stop = threading.Event()
 
-        def sample(i: int, number: int) -> Solution:
+        def sample(key: tuple[int, int]) -> Solution:
+            i, number = key
             server = self._server_for(sampling, asked[i].seed + number)
             heard = partial(listen, i) if listen else None
-            solution = self._solve_sample(asked[i], guide, server, heard, votes[i].over.is_set)
+            abandoned = lambda: stop.is_set() or votes[i].over.is_set()  # noqa: E731
+            solution = self._solve_sample(asked[i], guide, server, heard, abandoned)
             votes[i].take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
+        keys = [(i, number) for i in range(len(problems)) for number in range(sampling.samples)]
+        jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]  # those that have ended
         failed: dict[int, ServerError] = {}
-        left, in_a_row = [sampling.samples] * len(problems), 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                jobs = [[pool.submit(sample, i, n) for n in range(sampling.samples)] for i in range(len(problems))]
-                problem_of = {job: i for i, row in enumerate(jobs) for job in row}
-                for job in as_completed(problem_of):
-                    i = problem_of[job]
-                    left[i] -= 1
-                    try:
-                        job.result()
-                    except ServerError as error:
+        in_a_row = 0
+        try:
+            with closing(Workers(sample, keys, self.concurrency).ended(self.server.retried, stop)) as ended:
+                for (i, number), job in ended:
+                    error = job.exception()
+                    if isinstance(error, ServerError):
                         failed.setdefault(i, error)
                         votes[i].over.set()
-                    if left[i]:
+                    elif job.result().abandoned and not votes[i].over.is_set():  # by `stop`
+                        continue
+                    jobs[i][number] = job
+                    if len(jobs[i]) < sampling.samples:
                         continue
                     if i not in failed:
                         in_a_row = 0
-                        yield i, [job.result() for job in jobs[i]]
+                        yield i, [jobs[i][number].result() for number in range(sampling.samples)]
                     elif failed[i].status not in REFUSED:
                         in_a_row += 1
                         if in_a_row == _MOST_FAILURES:
-                            break
-            finally:  # also after an interrupt
-                for vote in votes:
-                    vote.over.set()
+                            stop.set()
+        except KeyboardInterrupt:
+            whole = [[job for _, job in sorted(of_one.items()) if not job.exception()] for of_one in jobs]
+            raise Interrupted([[job.result() for job in of_one] for of_one in whole]) from None
         if failed:
             raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
 
@@ -457,7 +463,7 @@ class _RunningVote:
 
 
 def _summary_of(
-    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Sequence[Future[Solution]]]
+    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Mapping[int, Future[Solution]]]
 ) -> ServerError:
     """The error of the first problem that failed, with the solutions so far of its samples, which have ended.
 
@@ -467,7 +473,7 @@ def _summary_of(
     decisive = next((error for error in failed.values() if error.status not in REFUSED), first)
     name = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
     more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
-    written = [solution for job in jobs[i] if (solution := _partial_solution(job))]
+    written = [solution for _, job in sorted(jobs[i].items()) if (solution := _partial_solution(job))]
     return ServerError(f"{name}{first}{more}", decisive.status, written)
 
 

@@ -114,6 +114,14 @@ class Solution:
         return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. `partial`: the samples of each problem that had ended by then."""
+
+    def __init__(self, partial: list[list[Solution]]) -> None:
+        super().__init__()
+        self.partial = partial
+
+
 class Solver(Protocol):
     """A model that solves problems under a guide."""
 

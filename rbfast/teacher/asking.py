@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from rbfast.teacher.client import PATIENCE, ServerError, Unreachable
 from rbfast.teacher.jobs import Job
 from rbfast.teacher.reply_store import ReplyStore
-from rbfast.utils.interrupts import counted_interrupts
+from rbfast.utils.interrupts import announce_wait, counted_interrupts
 
 _HOPELESS = {401, 402, 404}  # every further request would fail too; 403 may refuse one question (moderation)
 _SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
@@ -166,8 +165,7 @@ class _Sender:
             self.queue.clear()
             for job, thread in self.pending.values():
                 job.server.retried.give_up(thread)
-            if coming := self._expected_replies():
-                print(f"waiting for pending replies: {coming}; press Ctrl-C again to drop them", file=sys.stderr)
+            announce_wait(self._expected_replies())
         return interrupts > 1 or not self._expected_replies()
 
     def _expected_replies(self) -> int:

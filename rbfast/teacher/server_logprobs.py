@@ -10,10 +10,11 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import islice
+from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_
 from rbfast.teacher.client import REFUSED, Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces, try_to_add
 from rbfast.teacher.prompt_scores import BY_IDS, DIALECTS, Dialect, PromptScorer
+from rbfast.teacher.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +68,7 @@ def add_server_logprobs(
     reader = _Reader(server, tokenizer, store.k, store.k, dialect, align)
     tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     jobs = [_Job(task.example, partial(reader.read, task)) for task in tasks]
-    for number, reason in _score_all(jobs, store, concurrency, progress):
+    for number, reason in _score_all(jobs, server, store, concurrency, progress):
         trace = tasks[number].trace
         refused.append((trace, f"{trace.name}: {reason}"))
     return refused
@@ -95,7 +97,7 @@ def add_example_logprobs(
     reader = _ExampleReader(server, tokenizer, store.k - 1, dialect)
     missing = list({example_key(example): example for example in examples if example not in store}.values())
     jobs = [_Job(example, partial(reader.read_ids, example, "a completion")) for example in missing]
-    refused = _score_all(jobs, store, concurrency, progress, is_checked=True)
+    refused = _score_all(jobs, server, store, concurrency, progress, is_checked=True)
     return [(missing[number], str(reason)) for number, reason in refused]
 
 
@@ -116,7 +118,12 @@ class _Job(NamedTuple):
 
 
 def _score_all(
-    jobs: Sequence[_Job], store: SignalStore, concurrency: int, progress: Progress | None, is_checked: bool = False
+    jobs: Sequence[_Job],
+    server: Server,
+    store: SignalStore,
+    concurrency: int,
+    progress: Progress | None,
+    is_checked: bool = False,
 ) -> list[tuple[int, str | ServerError]]:
     """Run the jobs and add their log-probs to `store`. Returns which jobs (by number) got none, with the reason.
 
@@ -126,38 +133,39 @@ def _score_all(
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     refused: list[tuple[int, str | ServerError]] = []
     queue = iter(enumerate(jobs))
-    with ThreadPoolExecutor(concurrency) as pool:
-        done, refusal, scores = 0, None, is_checked or len(store) > 0
-        while batch := list(islice(queue, 4 * concurrency)):
-            futures = [pool.submit(job.read) for _, job in batch]
-            try:
-                for future in futures:
-                    future.result()
+    done, refusal, scores = 0, None, is_checked or len(store) > 0
+    while batch := list(islice(queue, 4 * concurrency)):
+        ended: dict[int, _Result] = {}
+        error: BaseException | None = None
+        stop = Event()
+        workers = Workers(lambda numbered: numbered[1].read(), batch, concurrency)
+        try:
+            with closing(workers.ended(server.retried, stop)) as results:
+                for (number, _), future in results:
+                    if (fault := future.exception()) is not None:
+                        error = error or fault
+                        stop.set()
+                        continue
+                    ended[number] = future.result()
                     done += 1
                     if progress:
                         progress(done, len(jobs))
-            finally:  # after an error or Ctrl-C too: send nothing more, and keep the replies that are paid for
-                for (number, job), result in _finished(batch, futures):
-                    reason = _add_result(store, job.example, result)
-                    if reason is None:
-                        scores = True
-                    else:
-                        refused.append((number, reason))
-                        refusal = reason if isinstance(reason, ServerError) else refusal
-                store.flush()
-            if refusal is not None and not scores:
-                raise refusal
+        finally:  # after Ctrl-C too: keep the replies that are paid for
+            for number, job in batch:
+                if number not in ended:
+                    continue
+                reason = _add_result(store, job.example, ended[number])
+                if reason is None:
+                    scores = True
+                else:
+                    refused.append((number, reason))
+                    refusal = reason if isinstance(reason, ServerError) else refusal
+            store.flush()
+        if not scores:
+            error = error or refusal
+        if error is not None:
+            raise error
     return refused
-
-
-def _finished(
-    jobs: Sequence[tuple[int, _Job]], futures: Sequence[Future[_Result]]
-) -> Iterator[tuple[tuple[int, _Job], _Result]]:
-    """Cancel the requests that have not started, wait for the others, and yield their results in order."""
-    wait([future for future in futures if not future.cancel()])
-    for job, future in zip(jobs, futures, strict=True):
-        if not future.cancelled() and future.exception() is None:
-            yield job, future.result()
 
 
 def _add_result(store: SignalStore, example: Example, result: _Result) -> str | ServerError | None:

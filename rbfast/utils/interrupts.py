@@ -1,6 +1,7 @@
 """Ctrl-C handling for work that should not be interrupted midway."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,9 @@ def counted_interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def announce_wait(replies: int) -> None:
+    """After the first Ctrl-C: say which replies the program still waits for, because they are paid for."""
+    if replies:
+        print(f"waiting for pending replies: {replies}; press Ctrl-C again to drop them", file=sys.stderr)

@@ -1,6 +1,10 @@
 """Evaluations over a server, and under a guide from the command line."""
 
+import io
 import json
+import sys
+import threading
+import time
 
 import pytest
 from tiny import tiny_tokenizer
@@ -48,6 +52,86 @@ def test_interrupted_evaluation_of_a_server_resumes(start, tmp_path):
     results = evaluate(server, tiny_tokenizer(), PROBLEMS, keep=keep, **options)
     assert len(results) == 6 and len(state.requests) == 2
     assert len(seeds) == 2 and seeds_of_second() == seeds
+
+
+class Chats:
+    """A server whose chats end once they are released, and stderr, where the command says that it waits for them."""
+
+    def __init__(self, start, monkeypatch):
+        self.state, self.server = start(FOUR)
+        self.asked, self.released = threading.Semaphore(0), threading.Event()
+        self.told, self.when_told = io.StringIO(), lambda: None
+        script = self.state.script
+
+        def chat(body):
+            self.asked.release()
+            assert self.released.wait(10)
+            return script(body)
+
+        def tell(text):
+            self.told.write(text)
+            self.when_told()
+
+        self.state.script = chat
+        monkeypatch.setattr(sys.stderr, "write", tell)
+
+    def press_after(self, requests, ctrl_c):
+        """Press Ctrl-C once so many requests have come."""
+
+        def press():
+            for _ in range(requests):
+                self.asked.acquire()
+            ctrl_c()
+
+        threading.Thread(target=press, daemon=True).start()
+
+
+@pytest.fixture
+def chats(start, monkeypatch):
+    return Chats(start, monkeypatch)
+
+
+def test_ctrl_c_keeps_the_replies_under_way(chats, tmp_path, ctrl_c):
+    keep, problems = tmp_path / "results.jsonl", [Problem("file", f"{a}+4?", "4", {}) for a in range(9)]
+    chats.press_after(3, ctrl_c)
+    chats.when_told = chats.released.set
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chats.server, None, problems, keep=keep, batch_size=3)
+    assert chats.told.getvalue() == "waiting for pending replies: 3; press Ctrl-C again to drop them\n"
+    assert len(keep.read_text().splitlines()) == len(chats.state.requests) == 3
+    assert len(evaluate(chats.server, None, problems, keep=keep)) == len(chats.state.requests) == 9
+
+
+def test_second_ctrl_c_stops_at_once(chats, tmp_path, ctrl_c):
+    keep, pressed = tmp_path / "results.jsonl", []
+
+    def press_again():
+        if not pressed:
+            pressed.append(time.monotonic())
+            ctrl_c()
+
+    chats.press_after(3, ctrl_c)
+    chats.when_told = press_again
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chats.server, None, PROBLEMS, keep=keep)
+    assert not chats.released.is_set() and time.monotonic() - pressed[0] < 5
+    chats.released.set()
+    assert len(evaluate(chats.server, None, PROBLEMS, keep=keep)) == 3
+
+
+def test_ctrl_c_abandons_requests_that_wait_for_a_retry(start, tmp_path, monkeypatch, ctrl_c):
+    state, server = start(FOUR)
+    state.faults, slept = [None, 429], threading.Event()
+
+    def sleep(seconds):
+        ctrl_c()
+        slept.wait(10)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(server, None, PROBLEMS, keep=tmp_path / "results.jsonl", batch_size=1)
+    slept.set()
+    assert len(state.requests) == 2 and len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
 def test_refused_problem_does_not_stop_the_others(start, tmp_path):

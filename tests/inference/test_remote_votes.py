@@ -125,6 +125,27 @@ def test_decided_vote_sends_no_more_requests(start):
     assert len(state.requests) == 9
 
 
+def test_ctrl_c_prints_the_vote_of_the_samples_that_ended(start, monkeypatch, capsys, ctrl_c):
+    state, server = start(answer_script(4))
+    state.completions = False
+    solve_sample, asked = ServerSolver._solve_sample, []
+
+    def solve_third_after_ctrl_c(*args):
+        asked.append(len(asked))
+        if len(asked) == 3:
+            monkeypatch.setattr("rbfast.teacher.workers.announce_wait", lambda replies: told.set())
+            ctrl_c()
+            assert told.wait(10)
+        return solve_sample(*args[:-1], lambda: False)  # a chat is not abandoned
+
+    told = threading.Event()
+    monkeypatch.setattr(ServerSolver, "_solve_sample", solve_third_after_ctrl_c)
+    command = ["solve", "m", "2+2?", "--server", server.url, "--samples", "8", "--concurrency", "1", "--json"]
+    assert main(command) == 130
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["answer"], printed["votes"], len(printed["solutions"]), len(asked)) == ("4", 3, 3, 3)
+
+
 def test_failed_sample_keeps_the_others(start):
     state, server = start(answer_script(4), answer_script(5), retries=0)
     state.faults = [None, 401]

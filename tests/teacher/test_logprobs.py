@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
+import time
 import tracemalloc
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -319,6 +321,30 @@ def test_pending_answers_are_kept_after_an_early_end(tmp_path, monkeypatch, faul
         add_server_logprobs(server.client(), traces, TOKENIZER, store, concurrency=3)
     assert len(SignalStore.open(tmp_path)) == len(started) - 1
     assert len(started) < len(traces)
+
+
+def test_second_ctrl_c_drops_pending_answers_and_keeps_the_others(tmp_path, monkeypatch, capsys, ctrl_c):
+    traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(12)]
+    read, released, pressed = server_logprobs._Reader.read, Event(), []
+
+    def read_or_wait(reader, task):
+        if task.trace.answer == "0":
+            return read(reader, task)
+        assert released.wait(10)
+
+    def progress(done, total):
+        pressed.append(time.monotonic())
+        Timer(1.0, ctrl_c).start()
+        ctrl_c()
+
+    monkeypatch.setattr(server_logprobs._Reader, "read", read_or_wait)
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt):
+            add_server_logprobs(server.client(), traces, TOKENIZER, store, concurrency=3, progress=progress)
+        assert not released.is_set() and 0.5 < time.monotonic() - pressed[0] < 8
+        released.set()
+    assert re.fullmatch("waiting for pending replies: [23]; press Ctrl-C again .*\n", capsys.readouterr().err)
+    assert len(SignalStore.open(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(("dialect", "wanted"), [("vllm", "prompt_logprobs"), ("sglang", "input_top_logprobs")])

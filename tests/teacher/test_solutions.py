@@ -1,7 +1,6 @@
 """Solutions from a teacher on a loopback server: traces, budgets, faults, and no request paid for twice."""
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -124,13 +123,6 @@ def test_wait_for_a_busy_server_is_reported(server, tmp_path, monkeypatch):
     assert any((done, wanted) == (0, 3) and words.endswith(", retries: 0 (1 waiting)") for done, wanted, words in calls)
     assert calls[-1][:2] == (3, 3) and calls[-1][2].endswith("written, retries: 2 (0 waiting)")
     assert not any("secret" in words for _, _, words in calls)
-
-
-@pytest.fixture
-def ctrl_c():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_keeps_pending_replies_and_sends_no_more(server, tmp_path, capsys, ctrl_c):
