@@ -19,7 +19,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -361,33 +361,22 @@ class ServerSolver:
             return solution
 
         keys = [(i, number) for i in range(len(problems)) for number in range(sampling.samples)]
-        jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]  # those that have ended
-        failed: dict[int, ServerError] = {}
-        in_a_row = 0
+        samples = _EndedSamples(problems, sampling.samples)
         try:
             with closing(Workers(sample, keys, self.concurrency).ended(self.server.retried, stop)) as ended:
                 for (i, number), job in ended:
-                    error = job.exception()
-                    if isinstance(error, ServerError):
-                        failed.setdefault(i, error)
+                    if not job.exception() and job.result().abandoned and not votes[i].over.is_set():
+                        continue  # by `stop`: it is not written
+                    samples.add(i, number, job)
+                    if i in samples.errors:
                         votes[i].over.set()
-                    elif job.result().abandoned and not votes[i].over.is_set():  # by `stop`
-                        continue
-                    jobs[i][number] = job
-                    if len(jobs[i]) < sampling.samples:
-                        continue
-                    if i not in failed:
-                        in_a_row = 0
-                        yield i, [jobs[i][number].result() for number in range(sampling.samples)]
-                    elif failed[i].status not in REFUSED:
-                        in_a_row += 1
-                        if in_a_row == _MOST_FAILURES:
-                            stop.set()
+                    if samples.are_written(i):
+                        yield i, samples.solutions(i)
+                    if samples.failures == _MOST_FAILURES:
+                        stop.set()
         except KeyboardInterrupt:
-            whole = [[job for _, job in sorted(of_one.items()) if not job.exception()] for of_one in jobs]
-            raise Interrupted([[job.result() for job in of_one] for of_one in whole]) from None
-        if failed:
-            raise _summary_of(failed, problems, jobs) from next(iter(failed.values()))
+            raise Interrupted([samples.solutions(i) for i in range(len(problems))]) from None
+        samples.raise_errors()
 
     def _solve_sample(
         self,
@@ -462,19 +451,54 @@ class _RunningVote:
                 self.over.set()
 
 
-def _summary_of(
-    failed: Mapping[int, ServerError], problems: Sequence[str], jobs: Sequence[Mapping[int, Future[Solution]]]
-) -> ServerError:
-    """The error of the first problem that failed, with the solutions so far of its samples, which have ended.
+class _EndedSamples:
+    """The samples of each problem that have ended.
 
-    Its status is that of a refusal only if every problem was refused.
+    Attributes:
+        errors: the first error of each problem that failed, in the order of failing.
+        failures: how many of the last problems to end failed in a row, for another reason than a refusal.
     """
-    i, first = next(iter(failed.items()))
-    decisive = next((error for error in failed.values() if error.status not in REFUSED), first)
-    name = f"problem {problems[i][:60]!r}: " if len(problems) > 1 else ""
-    more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
-    written = [solution for _, job in sorted(jobs[i].items()) if (solution := _partial_solution(job))]
-    return ServerError(f"{name}{first}{more}", decisive.status, written)
+
+    def __init__(self, problems: Sequence[str], samples: int) -> None:
+        self.errors: dict[int, ServerError] = {}
+        self.failures = 0
+        self._problems, self._samples = problems, samples
+        self._jobs: list[dict[int, Future[Solution]]] = [{} for _ in problems]
+
+    def add(self, i: int, number: int, job: Future[Solution]) -> None:
+        """Adds sample `number` of problem i. Raises its error unless that is a ServerError."""
+        self._jobs[i][number] = job
+        error = job.exception()
+        if isinstance(error, ServerError):
+            self.errors.setdefault(i, error)
+        elif error:
+            raise error
+        if self.are_written(i):
+            self.failures = 0
+        elif len(self._jobs[i]) == self._samples and self.errors[i].status not in REFUSED:
+            self.failures += 1
+
+    def are_written(self, i: int) -> bool:
+        """Whether all samples of a problem have ended without an error."""
+        return len(self._jobs[i]) == self._samples and i not in self.errors
+
+    def solutions(self, i: int) -> list[Solution]:
+        """Those samples of a problem that have ended without an error, in order."""
+        return [job.result() for _, job in sorted(self._jobs[i].items()) if not job.exception()]
+
+    def raise_errors(self) -> None:
+        """If a problem failed, raises the error of the first one, with the solutions so far of its samples.
+
+        Its status is that of a refusal only if every problem was refused.
+        """
+        if not self.errors:
+            return
+        i, first = next(iter(self.errors.items()))
+        decisive = next((error for error in self.errors.values() if error.status not in REFUSED), first)
+        name = f"problem {self._problems[i][:60]!r}: " if len(self._problems) > 1 else ""
+        more = f" (and {len(self.errors) - 1} more failed)" if len(self.errors) > 1 else ""
+        so_far = [solution for _, job in sorted(self._jobs[i].items()) if (solution := _partial_solution(job))]
+        raise ServerError(f"{name}{first}{more}", decisive.status, so_far) from first
 
 
 def _partial_solution(future: Future[Solution]) -> Solution | None:

@@ -144,7 +144,7 @@ def _prepare(
     writing: Writing,
     adapter: str | Path | None,
 ) -> tuple[_Rounds, TrainingData, DistillConfig]:
-    """The examples, which `_RoundStarter` writes round by round; and the data and the config of the training on them."""
+    """The examples, which change with each round; and the data and the config of the training on them."""
     check_config(config)
     check_items(questions, Question, "rbfast.teacher.solutions.read_questions")
     former = saved_instruction(adapter, model.config.name_or_path) if config.instruction is None else None
@@ -213,8 +213,8 @@ def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> 
 
 
 class _Rounds(Sequence[Example]):
-    """The examples of the current round, which `start` sets as an epoch begins (`_RoundStarter`). Before the first, the longest possible ones, for the plan
-    of the memory."""
+    """The examples of the current round, which `_RoundStarter` starts as an epoch begins. Before the first, the longest
+    possible ones, for the plan of the memory."""
 
     def __init__(
         self,
