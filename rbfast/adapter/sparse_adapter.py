@@ -359,10 +359,12 @@ class SparseAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
-        return {
+        deltas = {
             name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach()))
             for name, site in self._sites.items()
         }
+        adapter_files.check_whole(self.config, deltas)
+        return deltas
 
     def _require_state(self, state: str, verb: str) -> None:
         if self._state != state:
