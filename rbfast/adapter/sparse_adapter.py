@@ -397,8 +397,8 @@ class SparseAdapter(nn.Module):
             return
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would train to the end
-                "an optimizer without parameters made a step: the adapter's parameters are not part of the model; give "
-                "the optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
+                "an optimizer without parameters made a step: the adapter's parameters are not part of the model; set "
+                "model.adapter = adapter before you create a Trainer"
             )
         stepped_sites = {}
         for name, site in self._sites.items():
