@@ -148,6 +148,17 @@ def check_finite(deltas: Mapping[str, Delta]) -> None:
                 )
 
 
+def check_whole(config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
+    """Raises ValueError, naming the matrix, if a delta holds only a part of its values."""
+    for name, delta in deltas.items():
+        held, values = delta.A.numel() + delta.B.numel(), config.modules[name].values
+        if held != values:
+            raise ValueError(
+                f"{name}: this process holds {held:,} of the {values:,} values of its delta; if "
+                "FullyShardedDataParallel sharded them, call this within its summon_full_params(model)"
+            )
+
+
 def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> dict[str, str | None]:
     """The fingerprints of the matrices. Raises ValueError, naming the first mismatch, unless these are the matrices the
     adapter was made for."""

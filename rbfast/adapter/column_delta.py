@@ -327,7 +327,8 @@ class ColumnDelta(nn.Module):
         xs = self.gather(x, cols, self.run, y.dtype)
         if self.is_folded:
             return ops.column_tap(y, xs, a, b, self.scale, ends)
-        return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run, ends)
+        # FSDP with mixed precision hands A and B to the forward in bf16.
+        return ops.column_side(y, x, xs, cols, a.float(), b.float(), self.scale, self.run, ends)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -359,10 +359,12 @@ class SparseAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
-        return {
+        deltas = {
             name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach()))
             for name, site in self._sites.items()
         }
+        adapter_files.check_whole(self.config, deltas)
+        return deltas
 
     def _require_state(self, state: str, verb: str) -> None:
         if self._state != state:
@@ -395,8 +397,8 @@ class SparseAdapter(nn.Module):
             return
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would train to the end
-                "an optimizer without parameters made a step: the adapter's parameters are not part of the model; give "
-                "the optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
+                "an optimizer without parameters made a step: the adapter's parameters are not part of the model; set "
+                "model.adapter = adapter before you create a Trainer"
             )
         stepped_sites = {}
         for name, site in self._sites.items():

@@ -11,6 +11,7 @@ Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -190,6 +191,9 @@ class DistillLoss(nn.Module):
         if self.reduction != "mean":
             return 1
         items = rows if num_items is None else num_items
-        if isinstance(items, Tensor):
+        if isinstance(items, Tensor) and items.numel() == 1:
             return items.to(hidden.device, wide_dtype(hidden.dtype)).clamp_min(1)
+        if not isinstance(items, Real):
+            got = f"a tensor {list(items.shape)}" if isinstance(items, Tensor) else type(items).__name__
+            raise ValueError(f"num_items must be one number, got {got}; add up the counts first")
         return max(items, 1)

@@ -38,6 +38,17 @@ def test_config_and_tensors_describe_every_matrix(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_adapter_of_which_a_process_holds_a_part_is_not_saved(tmp_path):
+    model = llama()
+    adapter = attach(model, mode="side")
+    name, site = list(adapter.sites().items())[3]
+    site.B.data = site.B.data.flatten()[:5]  # as FullyShardedDataParallel does between the steps
+    for save in (adapter.save_pretrained, adapter.export_lora):
+        with pytest.raises(ValueError, match=rf"{name}: this process holds .* summon_full_params"):
+            save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_memory_layout_does_not_change_the_saved_file(tmp_path):
     _, adapter = saved(tmp_path / "rows")
     for parameter in adapter.parameters():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import attach, disturb, family, gpt2, llama, train
+from tiny_models import attach, batch, disturb, family, gpt2, llama, train
 from tiny_tokenizers import byte_level
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import main
@@ -98,6 +98,22 @@ def test_adapter_sharded_with_its_model_trains_and_is_saved_whole(group, tmp_pat
         model.adapter.save_pretrained(tmp_path / f"{is_sharded_too}")
         saved.append((tmp_path / f"{is_sharded_too}" / "adapter_model.safetensors").read_bytes())
     assert saved[0] == saved[1]
+
+
+def test_adapter_sharded_in_mixed_precision_computes_in_bf16_and_is_kept_in_fp32(group):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    gradients = []
+    for is_sharded_too in (False, True):
+        model = llama()
+        model.adapter = attach(model, mode="side")
+        disturb(model.adapter)
+        if is_sharded_too:
+            fully_shard(model, mp_policy=policy)
+        model(**batch()).loss.backward()
+        gradients.append([unsharded(parameter.grad) for parameter in model.adapter.parameters()])
+    for whole, sharded in zip(*gradients, strict=True):
+        assert sharded.dtype == torch.float32
+        torch.testing.assert_close(sharded, whole, rtol=0, atol=0.03 * float(whole.abs().amax()))
 
 
 def test_sharding_under_a_folded_adapter_is_refused_with_a_hint(group):

@@ -451,8 +451,9 @@ def test_plain_trainer_trains_and_resumes_a_registered_adapter(tmp_path: Path, m
 def test_plain_trainer_refuses_an_unregistered_adapter(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.2)
-    with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before you create a Trainer"):
+    with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before you create a Trainer") as refused:
         plain_trainer(tmp_path, model).train()
+    assert "adapter.parameters()" not in str(refused.value)  # a Trainer would neither zero nor clip their gradients
     assert not any(site.B.any() for site in adapter.sites().values())
 
 
