@@ -191,7 +191,7 @@ class DistillLoss(nn.Module):
         if self.reduction != "mean":
             return 1
         items = rows if num_items is None else num_items
-        if isinstance(items, Tensor) and items.numel() == 1:
+        if isinstance(items, Tensor) and items.shape in ((), (1,)):
             return items.to(hidden.device, wide_dtype(hidden.dtype)).clamp_min(1)
         if not isinstance(items, Real):
             got = f"a tensor {list(items.shape)}" if isinstance(items, Tensor) else type(items).__name__
