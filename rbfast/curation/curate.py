@@ -43,6 +43,7 @@ from rbfast.data.readers import read_rows, record_of
 from rbfast.data.trace import Trace
 from rbfast.utils.files import atomic_write, check_output
 from rbfast.utils.progress import counting
+from rbfast.utils.records import check_numbers
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Weights:
     verified: float = 0.1  # the criterion is 1 if the answer is known to be right, 0.5 if it is unverified
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
             raise ValueError(f"weights must be finite, 0 or more and not all 0, got {self}")
 
@@ -90,6 +92,7 @@ class CurateConfig:
 
     Raises:
         ValueError: a number out of its range, or both `processes` and `ray`.
+        TypeError: something other than a number.
     """
 
     size: int = 1000
@@ -110,6 +113,7 @@ class CurateConfig:
     def __post_init__(self) -> None:
         if isinstance(self.against, str | Path):
             object.__setattr__(self, "against", (self.against,))
+        check_numbers(self)
         if self.size < 1 or self.processes < 1:
             raise ValueError(f"size and processes must be at least 1, got {self.size} and {self.processes}")
         if self.ray is not None and self.processes > 1:

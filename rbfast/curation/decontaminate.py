@@ -38,6 +38,7 @@ from rbfast.data import hub
 from rbfast.data.formats import question_of
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
+from rbfast.utils.records import check_numbers
 
 SHINGLE = 5
 _SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
@@ -98,6 +99,7 @@ class Thresholds:
     paraphrase: float = 0.9
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("text", "template", "variant", "renamed", "paraphrase"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")

@@ -18,6 +18,7 @@ from rbfast.inference.solver import Sampling, Solution, seed_named
 from rbfast.inference.state import Event
 from rbfast.teacher.client import Server
 from rbfast.utils.memory import trim_memory
+from rbfast.utils.records import check_numbers
 
 Generated = tuple[Completion, tuple[Event, ...]]
 Model = PreTrainedModel | Server
@@ -46,6 +47,7 @@ class Decoding:
     instruction: Instruction | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         Sampling(self.samples, self.temperature, self.top_p)  # raises ValueError if one is out of range
 
     def write(

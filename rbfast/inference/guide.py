@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rbfast.utils.records import check_numbers
+
 WAIT, VERIFY, OTHER, WRAP_UP = INTERVENTIONS = ("wait", "verify", "other approach", "wrap up")
 
 
@@ -38,6 +40,7 @@ class Limits:
 
     Raises:
         ValueError: a number out of its range.
+        TypeError: something other than a number.
     """
 
     budget: int
@@ -54,6 +57,7 @@ class Limits:
     probe_tokens: int = 16
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         least = {"budget": 1, "minimum": 0, "cap": 0, "cooldown": 0, "loop_length": 1, "loop_times": 2}
         least |= {"probe_every": 0, "probe_agree": 2, "probe_tokens": 1}
         for name, bound in least.items():
@@ -105,6 +109,7 @@ class Guide:
 
     Raises:
         ValueError: an unknown intervention.
+        TypeError: a string in place of a sequence of interventions.
     """
 
     limits: Limits
@@ -112,6 +117,8 @@ class Guide:
     interventions: Sequence[str] = INTERVENTIONS
 
     def __post_init__(self) -> None:
+        if isinstance(self.interventions, str):
+            raise TypeError(f"interventions must be a sequence of names, got {self.interventions!r}")
         if unknown := set(self.interventions) - set(INTERVENTIONS):
             raise ValueError(f"unknown interventions {', '.join(sorted(unknown))}: use {', '.join(INTERVENTIONS)}")
 

@@ -24,6 +24,7 @@ from rbfast.grading.grade import answer_key, without_tags
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.state import Event, GuideState, Phase
 from rbfast.inference.vote import Vote, majority
+from rbfast.utils.records import check_numbers
 
 Listener = Callable[[int, str, str], None]
 
@@ -40,6 +41,7 @@ class Sampling:
 
     Raises:
         ValueError: a number out of its range, or several samples at temperature 0.
+        TypeError: something other than a number.
     """
 
     samples: int = 1
@@ -49,6 +51,7 @@ class Sampling:
     early_stop: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:

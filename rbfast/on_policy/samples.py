@@ -28,7 +28,7 @@ from rbfast.teacher.jobs import Question
 from rbfast.utils.files import Journal
 from rbfast.utils.memory import trim_memory
 from rbfast.utils.processes import is_first_process, process_count, process_index
-from rbfast.utils.records import check_shape
+from rbfast.utils.records import check_numbers, check_shape
 
 _RECORD: dict[str, Any] = {"number": int, "sample": int, "problem": str, "ids": [int], "truncated": bool}
 
@@ -45,6 +45,7 @@ class Writing:
 
     Raises:
         ValueError: a number out of its range, or several samples at temperature 0.
+        TypeError: something other than a number.
     """
 
     samples: int = 1
@@ -54,6 +55,7 @@ class Writing:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         Sampling(self.samples, self.temperature, self.top_p)
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:

@@ -7,7 +7,10 @@ from dataclasses import MISSING, fields
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_UNIONS = (Union, UnionType)
 
 
 def from_json(cls: type, entry: object, where: str) -> Any:
@@ -39,17 +42,17 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def check_numbers(config: Any) -> None:
-    """Raises TypeError if a field of a dataclass is annotated as a number, but holds something else. Converts NumPy
-    numbers to Python's, which JSON can hold."""
-    for field in fields(config):
-        value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
-        if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
+    """Raises TypeError if a field of a dataclass is annotated as a number or None, but holds something else. Converts
+    NumPy numbers to Python's, which JSON can hold."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+        if any(kind not in (int, float, NoneType) for kind in kinds) or (value is None and NoneType in kinds):
             continue
         words, kind = ("a number", Real) if float in kinds else ("a whole number", Integral)
         if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{field.name} must be {words}, got {value!r}")
+            raise TypeError(f"{name} must be {words}, got {value!r}")
         if not isinstance(value, int | float):
-            object.__setattr__(config, field.name, int(value) if isinstance(value, Integral) else float(value))
+            object.__setattr__(config, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def show(value: object) -> str:
