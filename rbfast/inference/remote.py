@@ -351,12 +351,14 @@ class ServerSolver:
         votes = [_RunningVote(sampling.samples, sampling.early_stop) for _ in problems]
         stop = threading.Event()
 
+        def is_abandoned(i: int) -> bool:
+            return stop.is_set() or votes[i].over.is_set()
+
         def sample(key: tuple[int, int]) -> Solution:
             i, number = key
             server = self._server_for(sampling, asked[i].seed + number)
             heard = partial(listen, i) if listen else None
-            abandoned = lambda: stop.is_set() or votes[i].over.is_set()  # noqa: E731
-            solution = self._solve_sample(asked[i], guide, server, heard, abandoned)
+            solution = self._solve_sample(asked[i], guide, server, heard, partial(is_abandoned, i))
             votes[i].take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 

@@ -256,8 +256,10 @@ def _match_targets(linears: Mapping[str, nn.Module], targets: str | Sequence[str
         if not chosen:
             raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
         return chosen
-    if targets is None:
-        raise ValueError(f'targets: expected names, a regex or "all-linear", got None; names are like {examples}')
+    if not isinstance(targets, Iterable):
+        raise ValueError(
+            f'targets: expected names, a regex or "all-linear", got {targets!r}; names are like {examples}'
+        )
     chosen_names: set[str] = set()
     for target in targets:
         named = {name for name in linears if name == target or name.endswith(f".{target}")}

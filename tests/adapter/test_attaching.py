@@ -399,6 +399,7 @@ def test_delta_moved_to_another_device_returns_to_its_base(monkeypatch):
         ({"targets": "(("}, r"targets: '\(\(' is not a regex: missing \)"),
         ({"targets": []}, "expected at least one name"),
         ({"targets": None}, 'expected names, a regex or "all-linear", got None'),
+        ({"targets": 5}, 'expected names, a regex or "all-linear", got 5'),
         ({"targets": ["lm_head"]}, "the weight of lm_head is tied"),
     ],
 )
