@@ -61,7 +61,7 @@ def test_a_saved_adapter_loads_bitwise(tmp_path, mode):
 
 
 def compiled(model):
-    return torch.compile(model, backend="aot_eager")
+    return torch.compile(model, backend="eager")
 
 
 def compiled_in_parts(model):
