@@ -301,7 +301,9 @@ def test_known_answer_is_found_in_reward_fields(row: Any) -> None:
     assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
 
 
-@pytest.mark.parametrize("answer", [{"value": 0}, {"value": [0]}, {"value": "", "text": "0"}, [0]])
+@pytest.mark.parametrize(
+    "answer", [{"value": 0}, {"value": [0]}, {"value": "", "text": "0"}, {"value": [], "text": "0"}, [0]]
+)
 def test_zero_is_an_answer(answer: Any) -> None:
     assert question_of({"question": QUESTION, "answer": answer})["answer"] == "0"
 
