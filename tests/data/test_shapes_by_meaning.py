@@ -217,7 +217,15 @@ def test_separate_thought_belongs_to_the_next_reply_only() -> None:
 
 
 @pytest.mark.parametrize("role", ["thought", "thinking", "reasoning", "Thought"])
-@pytest.mark.parametrize("fields", [{"content": CLAUDE_SAID[:1]}, {"thinking": THOUGHT}, {"summary": THOUGHT}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": CLAUDE_SAID[:1]},
+        {"thinking": THOUGHT},
+        {"summary": THOUGHT},
+        {"thinking": THOUGHT, "summary": "42."},
+    ],
+)
 def test_a_message_of_any_thinking_role_may_hold_blocks(role: str, fields: dict[str, Any]) -> None:
     [trace] = interpret([*ASKED, {"role": role, **fields}, {"role": "assistant", "content": SAID}]).rows
     assert trace["reasoning"] == THOUGHT
