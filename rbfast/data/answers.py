@@ -174,7 +174,7 @@ def answer_text(value: object) -> str | None:
             return value
         return as_text(parsed[0]) or value if isinstance(parsed, list) and len(parsed) == 1 else value
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("value", "text") if value.get(key) not in (None, "")), None)
+        value = next((value[key] for key in ("value", "text") if value.get(key) not in (None, "", [])), None)
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     return as_text(value)

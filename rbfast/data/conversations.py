@@ -112,12 +112,12 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
             f"turn {number}: expected a role of system, user or assistant, got {role!r}; leave the row out"
         )
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
-    if kind == THOUGHT and not content:
+    info = message["info"] if isinstance(message.get("info"), Mapping) else {}
+    separate = separate_thought(message) or separate_thought(info)
+    if kind == THOUGHT and not (content or separate):
         content = message.get("summary")
     thought, text = split_content(content, number)
-    info = message["info"] if isinstance(message.get("info"), Mapping) else {}
-    thought = separate_thought(message) or separate_thought(info) or thought
-    return [Turn(kind, text, thought, {**info, **message})]
+    return [Turn(kind, text, separate or thought, {**info, **message})]
 
 
 def _role(message: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 class Workers(Generic[_Item, _Result]):
-    """Calls `function` with each item, in order, in `count` threads.
+    """Calls `function` with each item, in order, in `count` threads, which `ended` starts.
 
     A thread has one request at a time.
     """
@@ -33,8 +33,6 @@ class Workers(Generic[_Item, _Result]):
         self._ended: SimpleQueue[tuple[_Item, Future[_Result]]] = SimpleQueue()
         self._left = len(self._queue)  # items that have not been taken
         self._threads = [Thread(target=self._work, daemon=True) for _ in range(min(count, self._left))]
-        for thread in self._threads:
-            thread.start()
 
     def ended(self, retried: Retries, stop: Event) -> Generator[tuple[_Item, Future[_Result]]]:
         """Yields each item as it ends, with its result or error.
@@ -48,6 +46,8 @@ class Workers(Generic[_Item, _Result]):
         is_told = False
         with counted_interrupts() as interrupts:
             try:
+                for thread in self._threads:  # within the try: if one does not start, the others must stop
+                    thread.start()
                 while self._left:
                     if interrupts:
                         stop.set()

@@ -217,7 +217,15 @@ def test_separate_thought_belongs_to_the_next_reply_only() -> None:
 
 
 @pytest.mark.parametrize("role", ["thought", "thinking", "reasoning", "Thought"])
-@pytest.mark.parametrize("fields", [{"content": CLAUDE_SAID[:1]}, {"thinking": THOUGHT}, {"summary": THOUGHT}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": CLAUDE_SAID[:1]},
+        {"thinking": THOUGHT},
+        {"summary": THOUGHT},
+        {"thinking": THOUGHT, "summary": "42."},
+    ],
+)
 def test_a_message_of_any_thinking_role_may_hold_blocks(role: str, fields: dict[str, Any]) -> None:
     [trace] = interpret([*ASKED, {"role": role, **fields}, {"role": "assistant", "content": SAID}]).rows
     assert trace["reasoning"] == THOUGHT
@@ -301,7 +309,9 @@ def test_known_answer_is_found_in_reward_fields(row: Any) -> None:
     assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
 
 
-@pytest.mark.parametrize("answer", [{"value": 0}, {"value": [0]}, {"value": "", "text": "0"}, [0]])
+@pytest.mark.parametrize(
+    "answer", [{"value": 0}, {"value": [0]}, {"value": "", "text": "0"}, {"value": [], "text": "0"}, [0]]
+)
 def test_zero_is_an_answer(answer: Any) -> None:
     assert question_of({"question": QUESTION, "answer": answer})["answer"] == "0"
 

@@ -1,8 +1,10 @@
 """Threads that send requests. Ctrl-C over a server is tested in `test_served_evaluation` and `test_logprobs`."""
 
 from collections.abc import Callable, Iterable
-from threading import Event, Semaphore
+from threading import Event, Semaphore, Thread
 from typing import Any
+
+import pytest
 
 from rbfast.teacher.client import Retries
 from rbfast.teacher.workers import Workers
@@ -26,16 +28,19 @@ def test_error_is_the_end_of_its_item_alone() -> None:
 def test_stop_leaves_the_items_that_have_begun() -> None:
     begun, released, stop = Semaphore(0), Event(), Event()
 
+    class ToldRetries(Retries):
+        def give_up(self, thread: Thread) -> None:  # called once nothing more can begin
+            released.set()
+
     def work(item: int) -> bool:
         begun.release()
+        if item == 1:
+            assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+            stop.set()
         return released.wait(10)
 
-    workers = Workers(work, range(9), 2)
-    assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
-    stop.set()
-    ended = workers.ended(Retries(), stop)
-    released.set()
-    assert sorted(item for item, _ in ended) == [0, 1]
+    ended = Workers(work, range(9), 2).ended(ToldRetries(), stop)
+    assert sorted((item, future.result()) for item, future in ended) == [(0, True), (1, True)]
 
 
 def test_closed_iteration_begins_nothing_more() -> None:
@@ -45,9 +50,35 @@ def test_closed_iteration_begins_nothing_more() -> None:
         released.acquire(timeout=10)
         begun.append(item)
 
-    ended = Workers(work, range(9), 1).ended(Retries(), stop)
+    workers = Workers(work, range(9), 1)
+    ended = workers.ended(Retries(), stop)
     next(ended)
     ended.close()
-    for _ in range(9):
-        released.release()
+    released.release(9)
+    [thread] = workers._threads
+    thread.join(10)
     assert stop.is_set() and begun in ([0], [0, 1])
+
+
+def test_thread_that_does_not_start_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system refuses it. Otherwise the others would send every request, and nobody would read the replies."""
+    begun, released, stop, start = [], Event(), Event(), Thread.start
+
+    def work(item: int) -> None:
+        assert released.wait(10)
+        begun.append(item)
+
+    workers = Workers(work, range(9), 2)
+    first, second = workers._threads
+
+    def refuse(thread: Thread) -> None:
+        if thread is second:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        next(workers.ended(Retries(), stop))
+    released.set()
+    first.join(10)
+    assert stop.is_set() and begun in ([], [0])
