@@ -85,7 +85,16 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """A function that presses Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest may ignore it
-    yield lambda: signal.raise_signal(signal.SIGINT)
+    """A function that presses Ctrl-C. In a thread that outlives the test it does nothing."""
+    before, is_over = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        False,
+    )  # a worker of pytest may ignore it
+
+    def press() -> None:
+        if not is_over:
+            signal.raise_signal(signal.SIGINT)
+
+    yield press
+    is_over = True
     signal.signal(signal.SIGINT, before)
