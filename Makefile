@@ -8,7 +8,7 @@ BENCH_READY := $(VENV)/bench-ready
 PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 
-# `make quick` is for while you work (five minutes on two cores), `make test` for before you push (twenty-five).
+# `make quick` is for while you work, `make test` for before you push.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2
 .PHONY: demo test quick oldest bench lint clean
 

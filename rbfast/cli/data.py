@@ -100,7 +100,7 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--pass-rates", type=Path, help="results of `rbfast eval -o`; problems that the student fails count as hard"
     )
-    sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
+    sub.add_argument("--processes", type=int, default=1, help="processes that score (default: 1)")
     sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
     add_formats(sub)
 

@@ -139,7 +139,7 @@ class _Sender:
     def _fail(self, job: Job, error: ServerError) -> None:
         if self._should_wait_for(error):
             self.queue.append(job)
-            self._rest_ends = time.monotonic() + _REST
+            self._rest_ends = time.monotonic() + max(_REST, error.pause or 0.0)
             return
         self._failures, self.reason = self._failures + 1, str(error)
         is_hopeless = error.status in _HOPELESS or _SPENT in str(error)

@@ -553,6 +553,14 @@ def test_requested_pause_of_hours_is_not_waited_for(tmp_path, fake_clock):
     assert fake_clock[0] < 600
 
 
+def test_requested_pause_of_minutes_is_kept(tmp_path, fake_clock):
+    right, busy = chat_reply("Add.\n<answer>1</answer>"), Answer("come again", 429, {"Retry-After": "300"})
+    with answering(right, busy, right) as api:
+        taught = teach(api.client(), QUESTIONS, tmp_path, concurrency=1)
+    assert taught.open == 0 and len(api.requests) == len(QUESTIONS) + 1
+    assert 300 <= fake_clock[0] < 301
+
+
 def test_second_simultaneous_call_is_refused(server, tmp_path):
     problems, second = tmp_path / "problems.jsonl", []
     problems.write_text(json.dumps({"problem": "What is 1 + 1?"}))
