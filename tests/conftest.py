@@ -86,10 +86,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
     """A function that presses Ctrl-C. In a thread that outlives the test it does nothing."""
-    before, is_over = (
-        signal.signal(signal.SIGINT, signal.default_int_handler),
-        False,
-    )  # a worker of pytest may ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest may ignore it
+    is_over = False
 
     def press() -> None:
         if not is_over:
