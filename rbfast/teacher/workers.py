@@ -67,8 +67,8 @@ class Workers(Generic[_Item, _Result]):
             finally:
                 stop.set()
                 self._drop_queue()
-        if interrupts:
-            raise KeyboardInterrupt
+                if interrupts:  # a caller that leaves its loop after Ctrl-C gets it too
+                    raise KeyboardInterrupt
 
     def _take(self, seconds: float) -> tuple[_Item, Future[_Result]] | None:
         with suppress(Empty):

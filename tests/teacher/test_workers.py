@@ -60,6 +60,14 @@ def test_closed_iteration_begins_nothing_more() -> None:
     assert stop.is_set() and begun in ([0], [0, 1])
 
 
+def test_ctrl_c_in_a_loop_that_ends_early_is_not_lost(ctrl_c: Callable[[], None]) -> None:
+    ended = Workers(abs, range(9), 1).ended(Retries(), Event())
+    next(ended)
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+        ended.close()
+
+
 def test_thread_that_does_not_start_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the system refuses it. Otherwise the others would send every request, and nobody would read the replies."""
     begun, released, stop, start = [], Event(), Event(), Thread.start
