@@ -71,9 +71,17 @@ def _host_library() -> ctypes.CDLL:
     folder = ROOT / "build" / "cuda-on-host"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"host-{digest.hexdigest()[:16]}.so"
+    failed = library.with_suffix(".failed")
     with locked(folder / "lock"):
+        if failed.exists():  # else each of hundreds of tests would compile for a minute, in vain
+            raise RuntimeError(f"these sources do not compile for the host; to try again, remove {failed}")
         if not library.exists():
-            _compile(library, flags)
+            try:
+                _compile(library, flags)
+            except subprocess.CalledProcessError as error:
+                if error.returncode > 0:  # not killed by a signal
+                    failed.touch()
+                raise
     namespace = torch.library.Library("rbfast_on_host", "DEF")
     _host_library.namespace = namespace  # type: ignore[attr-defined]  # keeps its ops alive
     for name, schema in registry._SCHEMAS.items():
