@@ -121,10 +121,11 @@ def test_second_ctrl_c_stops_at_once(chats, tmp_path, ctrl_c):
 
 def test_ctrl_c_abandons_requests_that_wait_for_a_retry(start, tmp_path, monkeypatch, ctrl_c):
     state, server = start(FOUR)
-    state.faults, slept = [None, 429], threading.Event()
+    state.faults, slept, pressed = [None, 429], threading.Event(), []
 
-    def sleep(seconds):
-        if server.retried.is_waiting(threading.current_thread()):  # not a thread that an earlier test left behind
+    def sleep(seconds):  # of this test's first retry alone: threads that were given up sleep on
+        if server.retried.is_waiting(threading.current_thread()) and not pressed:
+            pressed.append(seconds)
             ctrl_c()
             slept.wait(10)
 

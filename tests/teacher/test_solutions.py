@@ -556,7 +556,7 @@ def test_requested_pause_of_hours_is_not_waited_for(tmp_path, fake_clock):
 def test_requested_pause_of_minutes_is_kept(tmp_path, fake_clock):
     right, busy = chat_reply("Add.\n<answer>1</answer>"), Answer("come again", 429, {"Retry-After": "300"})
     with answering(right, busy, right) as api:
-        taught = teach(api.client(), QUESTIONS, tmp_path, concurrency=1)
+        taught = teach(api.client(retries=0), QUESTIONS, tmp_path, concurrency=1)
     assert taught.open == 0 and len(api.requests) == len(QUESTIONS) + 1
     assert 300 <= fake_clock[0] < 301
 
