@@ -135,7 +135,7 @@ class CurateConfig:
 
 
 def curate(
-    pool: Sequence[Source], out: Source, config: CurateConfig = CurateConfig(), *, quiet: bool = True
+    pool: Sequence[Source], out: Source, config: CurateConfig = CurateConfig(), *, quiet: bool = False
 ) -> Curation:
     """Clean, decontaminate, deduplicate, score and select; the module docstring lists the files written to `out`.
 
