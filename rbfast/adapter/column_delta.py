@@ -40,7 +40,15 @@ _WRITTEN = (
 
 class ColumnDelta(nn.Module):
     """The delta of one matrix and the hooks that run it. Parameters A [k, s] and B [out, k], buffer cols [s]; for a
-    stack of E experts (`rbfast.models.experts`): A [E, k, s] and B [E, out, k]."""
+    stack of E experts (`rbfast.models.experts`): A [E, k, s] and B [E, out, k].
+
+    Beside the weight (`is_folded` is False) it never writes to the weight. Otherwise it keeps the weight's original
+    columns in `base_columns`, and is in one of three states:
+
+    - folded: the weight holds the base plus the delta; `_versions()` equals `_versions_at_fold`;
+    - stale: A, B or the weight was written or moved since, so the two differ; the next forward or load folds again;
+    - restored: the weight is the base's; `_versions_at_fold` has _NEVER, so the next forward folds if `enabled`.
+    """
 
     A: nn.Parameter
     B: nn.Parameter
