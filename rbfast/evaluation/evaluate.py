@@ -237,10 +237,11 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
 
 def correct_by_item(results: Sequence[Result]) -> list[list[float]]:
     """1.0 or 0.0 for each sample of each problem, in order: the input of `clustered` and `paired_bootstrap`."""
-    return [[float(result.correct) for result in item] for item in _items(results)]
+    return [[float(result.correct) for result in item] for item in by_problem(results)]
 
 
-def _items(results: Sequence[Result]) -> list[list[Result]]:
+def by_problem(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of each problem, in the order in which the problems come first."""
     items: dict[_Identity, list[Result]] = {}
     for result in results:
         items.setdefault(_identity(result.problem), []).append(result)
@@ -257,7 +258,7 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
     Raises:
         ValueError: no results, or problems with different numbers of samples.
     """
-    items = _items(results)
+    items = by_problem(results)
     counts = sorted({len(item) for item in items})
     if len(counts) != 1:
         raise ValueError(f"every problem needs the same number of samples, got {counts or 'no results'}")
@@ -267,13 +268,13 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
     for k in sorted({*(2**power for power in range(1, samples.bit_length())), samples} - {1}):
         chances = [pass_at_k(samples, sum(result.correct for result in item), k) for item in items]
         summary[f"pass@{k}"] = sum(chances) / len(items)
-    summary[f"majority@{samples}"] = sum(map(_majority_correct, items)) / len(items)
+    summary[f"majority@{samples}"] = sum(map(majority_correct, items)) / len(items)
     summary["truncated"] = sum(result.completion.truncated for result in results) / n
     summary["tokens"] = sum(result.completion.tokens for result in results) / n
     return summary
 
 
-def _majority_correct(item: Sequence[Result]) -> float:
+def majority_correct(item: Sequence[Result]) -> float:
     """1.0 if the samples' most frequent answer is correct, by the grade of the first sample that gave it, else 0.0."""
     keys = [answer_key(result.completion.text, truncated=result.completion.truncated) for result in item]
     winner = majority(keys).answer

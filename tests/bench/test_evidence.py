@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import evidence, scaling
+from experiments import evidence, scaling, votes
 from experiments.evidence import Settings, arms, drawn, flat, section, split
 from experiments.teacher_results import traces_from_results
 from real_inputs import data_path
@@ -17,7 +17,9 @@ from transformers import LlamaForCausalLM
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
 from rbfast.data.trace import Trace
+from rbfast.evaluation.evaluate import Result
 from rbfast.grading.grade import Problem
+from rbfast.inference.decoding import Completion
 
 SETTINGS = Settings(
     size=12, held_out=2, problems=2, tokens=1500, max_new_tokens=4, rate=1e-2, student="tiny", density=0.05
@@ -139,3 +141,23 @@ def test_every_setting_respects_its_budget(tmp_path: Path) -> None:
     figure = scaling.draw(cells, budgets)
     assert len(figure.axes) == 2
     assert figure.axes[0].get_ylim()[1] >= 100  # one scale for both sides, whichever is drawn first
+
+
+def test_votes_count_every_sample_once_in_groups() -> None:
+    """Three problems: always right, right in three of four samples, wrong but once."""
+    items = [
+        [
+            Result(Problem("toy", f"{i}?", "1", {}), Completion(f"<answer>{x}</answer>", 5, False), float(x == 1))
+            for x in xs
+        ]
+        for i, xs in enumerate([(1, 1, 1, 1), (2, 1, 1, 1), (3, 3, 1, 4)])
+    ]
+    assert votes.voted(items, 1) == [1, 0.75, 0.25]
+    assert votes.voted(items, 2) == [1, 0.5, 0.5]  # of a tie, the first one given
+    assert votes.voted(items, 4) == [1, 1, 0]
+    assert votes.solvable(items, 4) == 1
+    greedy = [item[:1] for item in items]
+    text = votes.section(greedy, items, {"temperature": 0.6, "top_p": 0.95}, "the command")
+    assert "| greedy | 5 | | 33.3% | |" in text
+    assert "| 4 | 20 | 100.0% | 66.7% | +33.3 (" in text
+    assert votes.draw(greedy, items).axes[0].get_ylim()[0] == 0
