@@ -29,6 +29,7 @@ from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import stored_weight
 from rbfast.utils.files import atomic_write, resolve_target, write_text
+from rbfast.utils.hub import local_copy
 from rbfast.utils.records import check_numbers, from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -105,13 +106,26 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
     _write_files(directory, header, tensors)
 
 
-def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
-    """Reads and validates both files.
+def adapter_folder(name: str | Path) -> Path:
+    """The local folder of an adapter, which a hub id (owner/name) may name. Raises OSError if the hub returns none."""
+    try:
+        return local_copy(name, (CONFIG_FILE, TENSOR_FILE))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise OSError(
+            f"{name}: expected the folder of an adapter or a hub id (owner/name); there is no such folder, and the hub "
+            f"returned nothing: {reason}. Check the spelling"
+        ) from error
 
-    Raises FileNotFoundError if one is missing and ValueError, naming the first mismatch, for anything malformed.
+
+def read_adapter(name: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
+    """Reads and validates both files of an adapter: `name` is its folder or hub id.
+
+    Raises OSError if it is not there and ValueError, naming the first mismatch, for anything malformed.
     """
-    config = read_config(Path(directory) / CONFIG_FILE)
-    path = Path(directory) / TENSOR_FILE
+    directory = adapter_folder(name)
+    config = read_config(directory / CONFIG_FILE)
+    path = directory / TENSOR_FILE
     try:
         data = _read_bytes(path)
         tensors = load_tensors(data)
@@ -131,9 +145,9 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
     return config, deltas
 
 
-def adapter_digest(directory: str | Path) -> str:
-    """A digest of both files. Raises FileNotFoundError if one is missing."""
-    data = b"".join(_read_bytes(Path(directory) / name) for name in (CONFIG_FILE, TENSOR_FILE))
+def adapter_digest(name: str | Path) -> str:
+    """A digest of both files of an adapter, named as for `read_adapter`. Raises OSError if one is missing."""
+    data = b"".join(_read_bytes(adapter_folder(name) / file) for file in (CONFIG_FILE, TENSOR_FILE))
     return blake2b(data, digest_size=16).hexdigest()
 
 

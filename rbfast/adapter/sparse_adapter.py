@@ -136,12 +136,20 @@ class SparseAdapter(nn.Module):
         return cls(model, config, deltas, mode)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
-        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
-        if the model has an adapter attached."""
+    def from_pretrained(cls, model: nn.Module, name_or_path: str | Path, mode: Mode = "auto") -> "SparseAdapter":
+        """Attaches a saved adapter.
+
+        Args:
+            name_or_path: its folder, or its hub id (owner/name).
+
+        Raises:
+            ValueError: it was made for another model (the message names the first mismatch), its files are not those
+                of an adapter, or the model has an adapter attached.
+            OSError: it is not there.
+        """
         model = attachable(model)
-        config, deltas = adapter_files.read_adapter(directory)
-        fingerprints = adapter_files.check_base(config, named_modules(model), directory)
+        config, deltas = adapter_files.read_adapter(name_or_path)
+        fingerprints = adapter_files.check_base(config, named_modules(model), name_or_path)
         config = adapter_files.on_base(config, dtype_name(next(model.parameters())), fingerprints)
         return cls(model, config, deltas, mode)
 

@@ -81,13 +81,14 @@ TRAINED_WITH = (
 )
 
 
-def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":
-    """The instruction on the command line, else the one saved in the first of these folders; None for the default."""
+def instruction_of(args: argparse.Namespace, *names: "str | None") -> "Instruction | None":
+    """The instruction on the command line, else the one saved with the first of these adapters and models that has one;
+    None for the default."""
     from rbfast.data.instruction import instruction_named, saved_instruction
 
     if getattr(args, "instruction", None) is not None:
         return instruction_named(args.instruction)
-    return saved_instruction(*folders)
+    return saved_instruction(*names)
 
 
 def format_options(args: argparse.Namespace) -> "FormatOptions":
@@ -193,10 +194,10 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     return model if is_placed else model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
 
 
-def attach_adapter(model: Any, directory: str) -> Any:
+def attach_adapter(model: Any, name: str) -> Any:
     from rbfast.adapter.sparse_adapter import SparseAdapter
 
-    return SparseAdapter.from_pretrained(model, directory)
+    return SparseAdapter.from_pretrained(model, name)
 
 
 def format_lines(result: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     add_load_in(sub)
     sub.add_argument("problem", help="the problem, or - to read it from stdin")
-    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("--adapter", help="folder or hub id of a trained adapter to attach")
     _add_server(sub)
     sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
     _add_limits(sub, budget=1024)
@@ -203,7 +203,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a file or folder (JSONL, JSON, Parquet, "
         "Arrow, CSV), or a dataset on the hub: owner/name, owner/name:split or owner/name:config:split; repeat",
     )
-    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("--adapter", help="folder or hub id of a trained adapter to attach")
     sub.add_argument(
         "-n",
         type=_positive_or_all,
@@ -318,7 +318,9 @@ def _label(args: argparse.Namespace) -> str:
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
     if args.adapter:
-        names += [args.adapter, _last_written(args.adapter)]
+        from rbfast.adapter.adapter_files import adapter_folder
+
+        names += [args.adapter, _last_written(str(adapter_folder(args.adapter)))]
     return " ".join(map(str, names))
 
 

@@ -50,7 +50,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="model with the student's tokens to run beside it: hub id or local folder")
-    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to train further (default: a new one)")
+    sub.add_argument("--adapter", help="folder or hub id of an adapter of MODEL to train further (default: a new one)")
     sub.add_argument(
         "--held-out",
         type=_share_or_source,
@@ -370,7 +370,7 @@ def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:
 
 def add_merge(sub: argparse.ArgumentParser) -> None:
     add_model(sub, dtype="the one that the adapter was trained in")
-    sub.add_argument("adapter", nargs="?", help="folder of a trained adapter")
+    sub.add_argument("adapter", nargs="?", help="folder or hub id of a trained adapter")
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument(
         "--base-only",
@@ -386,15 +386,13 @@ def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    from rbfast.adapter.adapter_files import CONFIG_FILE, read_config
+    from rbfast.adapter.adapter_files import CONFIG_FILE, adapter_folder, read_config
     from rbfast.training.merged_model import save_checkpoint, save_merged
 
     if args.base_only == (args.adapter is not None):
-        raise ValueError(
-            "name the folder of an adapter to merge, or give --base-only to write MODEL unchanged; not both"
-        )
+        raise ValueError("name an adapter to merge, or give --base-only to write MODEL unchanged; not both")
     if args.dtype is None and args.adapter is not None:
-        trained_in = read_config(Path(args.adapter) / CONFIG_FILE).base_dtype
+        trained_in = read_config(adapter_folder(args.adapter) / CONFIG_FILE).base_dtype
         args.dtype = trained_in if trained_in in DTYPES else None
     model, tokenizer = load_model(args)
     if args.base_only:
@@ -407,7 +405,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def add_export_lora(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
-    sub.add_argument("adapter", help="folder of a trained adapter")
+    sub.add_argument("adapter", help="folder or hub id of a trained adapter")
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument("--base", help="base model to name in the LoRA: hub id or folder (default: MODEL's hub id)")
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from rbfast.data.answers import closing_brace
 from rbfast.utils.files import write_text
-from rbfast.utils.records import check_present_fields, read_json
+from rbfast.utils.hub import local_copy
+from rbfast.utils.records import check_present_fields, check_shape, read_json
 
 FILE = "prompt.json"
 Style = Literal["tags", "box", "plain"]
@@ -85,16 +86,21 @@ def write_instruction(folder: str | Path, instruction: Instruction, about: Mappi
     write_text(Path(folder) / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def saved_instruction(*folders: str | Path | None) -> Instruction | None:
-    """The instruction in the first of these folders that has a prompt.json; None if none has. Raises ValueError for a
-    broken file."""
-    return next((found for folder in folders if folder and (found := _read_instruction(Path(folder) / FILE))), None)
+def saved_instruction(*names: str | Path | None) -> Instruction | None:
+    """The instruction in the first of these folders and hub repositories that has a prompt.json of rbfast; None if none
+    has. Raises ValueError for a broken file."""
+    return next((found for name in names if name and (found := _read_instruction(name))), None)
 
 
-def _read_instruction(path: Path) -> Instruction | None:
-    record = read_json(path, {"instruction": str, "style": str})
-    if record is None:
+def _read_instruction(name: str | Path) -> Instruction | None:
+    try:
+        path = local_copy(name, [FILE]) / FILE
+    except OSError:  # no such repository, or no connection
         return None
+    record = read_json(path, object)
+    if not isinstance(record, dict) or not {"instruction", "style"} & record.keys():
+        return None  # no file, or another program's
+    check_shape(record, {"instruction": str, "style": str}, str(path))
     if record["style"] not in ("tags", "box", "plain"):
         raise ValueError(f"{path}: style: expected tags, box or plain, got {record['style']!r}")
     check_present_fields(record, {"system": str}, str(path))

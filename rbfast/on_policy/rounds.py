@@ -75,8 +75,8 @@ def distill_on_policy(
             reverse KL.
         teacher: a model with the student's vocabulary that runs beside it, or on a server.
         rounds: how many times the student writes and is trained.
-        adapter: the folder of a trained adapter of this model to continue from. Begin with a student that already
-            solves some of the problems; otherwise the teacher sees only bad beginnings.
+        adapter: the folder or hub id of a trained adapter of this model to continue from. Begin with a student that
+            already solves some of the problems; otherwise the teacher sees only bad beginnings.
 
     Returns:
         The run; its `traces` are the completions of all rounds.

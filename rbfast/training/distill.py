@@ -101,8 +101,8 @@ def distill(
         signals: a folder of log-probs that `rbfast teach` wrote, or its parent. Traces without log-probs are trained on
             their text; a warning counts them.
         teacher: a model with the student's vocabulary that runs beside it, for tokens without signals.
-        adapter: the folder of a trained adapter of this model to continue from, instead of a new one. It keeps its
-            shape and columns, so the config must not set them. AdamW and the schedule start over.
+        adapter: the folder or hub id of a trained adapter of this model to continue from, instead of a new one. It
+            keeps its shape and columns, so the config must not set them. AdamW and the schedule start over.
         held_out: traces to measure the loss on, before the first step, at every checkpoint and at the end; or the share
             of the problems in `traces` to measure instead of training on them.
         keep_best: end with the adapter of the checkpoint with the lowest held-out loss, not the last one.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hub_cache import add_repository, use_hub_cache
 from safetensors.torch import load_file, save_file
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot
 from torch import nn
@@ -214,6 +215,20 @@ def test_missing_and_truncated_files_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         adapter_files.read_adapter(tmp_path)
+
+
+def test_hub_id_names_an_adapter(tmp_path, monkeypatch):
+    _, adapter = saved(tmp_path / "adapter")
+    add_repository(tmp_path / "cache", "owner/name", tmp_path / "adapter")
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    assert same_bits(SparseAdapter.from_pretrained(llama(), "owner/name").state_dict(), adapter.state_dict())
+    message = (
+        r"^owner/other: expected the folder of an adapter or a hub id .* returned nothing: .*\. Check the spelling$"
+    )
+    with pytest.raises(OSError, match=message):
+        SparseAdapter.from_pretrained(llama(), "owner/other")
+    with pytest.raises(FileNotFoundError, match=r"^owner/name/again/adapter_config\.json: expected a file"):
+        SparseAdapter.from_pretrained(llama(), "owner/name/again")
 
 
 @pytest.mark.parametrize("failing", ["seal", "write_text"])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hub_cache import add_repository, use_hub_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model_for
@@ -276,7 +277,7 @@ def test_merge_takes_either_an_adapter_or_base_only(
 ) -> None:
     for given in ([], [str(tmp_path), "--base-only"]):
         code, _, err = call(capsys, "merge", model_folder, *given, "-o", str(tmp_path / "out"))
-        assert code == 2 and "name the folder of an adapter to merge, or give --base-only" in err
+        assert code == 2 and "name an adapter to merge, or give --base-only" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -295,6 +296,21 @@ def test_merged_weights_match_the_trained_ones_bitwise(
     merged = load_file(tmp_path / "out" / "model.safetensors")
     trained = model.state_dict()
     assert merged and all(torch.equal(tensor, trained[name]) for name, tensor in merged.items())
+
+
+def test_adapter_of_a_command_may_be_on_the_hub(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path
+) -> None:
+    SparseAdapter.attach(load_student(model_folder, torch.float32)[0], density=0.05).save_pretrained(tmp_path / "run")
+    add_repository(tmp_path / "cache", "owner/name", tmp_path / "run")
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    assert call(capsys, "export-lora", model_folder, "owner/name", "-o", str(tmp_path / "lora"))[0] == 0
+    assert call(capsys, "merge", model_folder, "owner/name", "-o", str(tmp_path / "out"))[0] == 0
+    arguments = ["eval", model_folder, "--adapter", "owner/name", "--task", "gsm8k"]
+    written = max(file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors"))
+    assert _label(_parser().parse_args(arguments)).endswith(f"owner/name {written}")
+    code, _, err = call(capsys, "merge", model_folder, "owner/other", "-o", str(tmp_path / "none"))
+    assert code == 2 and "owner/other: expected the folder of an adapter or a hub id" in err
 
 
 def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hub_cache import add_repository, use_hub_cache
 from thinking_students import save_student
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -99,6 +100,21 @@ def test_teacher_scores_the_students_turn_in_its_own_template(work, teacher):
         text = tokenizer.decode(scored)
         assert trace.reasoning in text and "<think>" not in text
         assert (f"{trace.answer}" in text.removeprefix(trace.reasoning)) and default_instruction(tokenizer) == BOXED
+
+
+def test_instruction_of_a_student_on_the_hub(tmp_path, monkeypatch):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    other.mkdir()
+    (ours / "prompt.json").write_text(json.dumps({"instruction": "Be brief.", "style": "plain"}))
+    (other / "prompt.json").write_text(json.dumps([{"role": "user"}]))
+    add_repository(tmp_path / "cache", "owner/ours", ours)
+    add_repository(tmp_path / "cache", "owner/other", other)
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    assert saved_instruction("owner/ours") == Instruction("Be brief.", "plain")
+    assert saved_instruction("owner/other") is None  # another program's file
+    assert saved_instruction("owner/none", "gpt2", None) is None
+    assert saved_instruction("owner/none", "owner/ours") == Instruction("Be brief.", "plain")
 
 
 def test_broken_prompt_file_is_refused(tmp_path):

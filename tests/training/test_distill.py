@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_cache import add_repository, use_hub_cache
 from tiny_models import llama, same_bits, snapshot
 from tiny_runs import TOKENIZER, TRACES, run, student
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainerState
@@ -137,6 +138,16 @@ def test_retrained_student_keeps_its_instruction(tmp_path, monkeypatch):
     run(tmp_path / "merged", monkeypatch, model=model)
     run(tmp_path / "other", monkeypatch, adapter=tmp_path / "first", instruction="none")
     assert [instruction(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
+
+
+def test_adapter_on_the_hub_is_continued_as_one_in_a_folder(tmp_path, monkeypatch):
+    run(tmp_path / "first", monkeypatch, instruction="Reply shortly.")
+    add_repository(tmp_path / "cache", "owner/name", tmp_path / "first")
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    by_folder = run(tmp_path / "folder", monkeypatch, adapter=tmp_path / "first")
+    assert same_bits(run(tmp_path / "hub", monkeypatch, adapter="owner/name"), by_folder)
+    settings = [(tmp_path / folder / "prompt.json").read_text() for folder in ("folder", "hub")]
+    assert settings[0] == settings[1] and "Reply shortly." in settings[0]
 
 
 @pytest.mark.parametrize("placement", ["random", "gradient"])
