@@ -48,7 +48,7 @@ from rbfast.models.packed_attention import (
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.ops import is_old_gpu
 from rbfast.utils.overlap import Overlap
-from rbfast.utils.records import read_json
+from rbfast.utils.records import check_shape, read_json
 
 _EVALUATING = Overlap()
 
@@ -145,11 +145,18 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
 
 def _base_of(name: str) -> str:
     """The base that a LoRA names, if `name` is a LoRA without a model beside it: transformers loads the two together.
-    Otherwise `name`. Raises ValueError if the LoRA names no base."""
+    Otherwise `name`. Raises ValueError if the LoRA names no base, or is an adapter of rbfast."""
     path = find_adapter_config_file(name)
     if path is None or (Path(name) / "config.json").exists():
         return name
-    return str(read_json(Path(path), {"base_model_name_or_path": str})["base_model_name_or_path"])
+    record = read_json(Path(path), {})
+    if "peft_type" not in record:
+        raise ValueError(
+            f"{name}: expected a model, found an adapter alone: name its base as the model and {name} as the adapter, "
+            "or merge the two first"
+        )
+    check_shape(record, {"base_model_name_or_path": str}, path)
+    return str(record["base_model_name_or_path"])
 
 
 def _read_config(source: str, **options: Any) -> PreTrainedConfig:
@@ -194,17 +201,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _check_folder(name: str) -> None:
-    """Raises FileNotFoundError for a folder that holds neither a model nor a LoRA of PEFT."""
+    """Raises FileNotFoundError for a folder that holds neither a model nor an adapter."""
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists():
-        adapter = path / "adapter_config.json"
-        if not adapter.exists():
-            raise FileNotFoundError(f"{name}: expected the folder of a model, found no config.json in it")
-        if b"peft_type" not in adapter.read_bytes():
-            raise FileNotFoundError(
-                f"{name}: expected the folder of a model, found an adapter alone: name its base as the model and this "
-                "folder as the adapter, or merge the two first"
-            )
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{name}: expected the folder of a model, found no config.json in it")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 import transformers
+from hub_cache import add_repository, use_hub_cache
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import VOCABULARY, disturb, family, llama, snapshot, vision_model
 
@@ -229,9 +230,16 @@ def test_missing_model_and_lone_adapter_get_different_errors(tmp_path):
         for load in (load_student, load_without_weights):
             with pytest.raises(FileNotFoundError, match=f"^{name}: expected .*, found {found}"):
                 load(str(name))
-    SparseAdapter.attach(tiny_model(), density=0.05).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="found an adapter alone: name its base"):
-        load_student(str(tmp_path))
+
+
+def test_adapter_alone_is_no_student(tmp_path, monkeypatch):
+    SparseAdapter.attach(tiny_model(), density=0.05).save_pretrained(tmp_path / "adapter")
+    add_repository(tmp_path / "cache", "owner/name", tmp_path / "adapter")
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    for name in (str(tmp_path / "adapter"), "owner/name"):
+        for load in (load_student, load_without_weights):
+            with pytest.raises(ValueError, match=f"^{name}: .* found an adapter alone: name its base .* {name} as the"):
+                load(name)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
