@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields
+from functools import cache
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
@@ -44,7 +45,7 @@ def to_json(record: Any) -> dict[str, Any]:
 def check_numbers(config: Any) -> None:
     """Raises TypeError if a field of a dataclass is annotated as a number or None, but holds something else. Converts
     NumPy numbers to Python's, which JSON can hold."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints_of(config.__class__).items():
         value, kinds = getattr(config, name), get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
         if any(kind not in (int, float, NoneType) for kind in kinds) or (value is None and NoneType in kinds):
             continue
@@ -53,6 +54,11 @@ def check_numbers(config: Any) -> None:
             raise TypeError(f"{name} must be {words}, got {value!r}")
         if not isinstance(value, int | float):
             object.__setattr__(config, name, int(value) if isinstance(value, Integral) else float(value))
+
+
+@cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # takes 0.2 ms
 
 
 def show(value: object) -> str:
