@@ -85,6 +85,7 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
     hub_id = hub_id_of(base)
     origin = f" It was made from {hub_id}." if hub_id else ""
     lines = [
+        _metadata(hub_id),
         "# A student trained with rbfast",
         f"These are the merged weights of a student that was distilled on reasoning traces.{origin}",
         "## How to prompt it",
@@ -101,6 +102,12 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
         f"```\n{format_prompt('PROBLEM', tokenizer, instruction)}\n```",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _metadata(base: str | None) -> str:
+    """What the hub reads from the head of a README, as YAML."""
+    entries = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [rbfast]"]
+    return "\n".join(["---", *([f"base_model: {base}"] if base else []), *entries, "---"])
 
 
 def _prompt_section(instruction: Instruction) -> str:

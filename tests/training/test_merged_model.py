@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import vision_model
 
@@ -25,6 +26,10 @@ def test_readme_names_the_base_and_shows_the_tags_of_the_instruction(loaded_from
     page = (tmp_path / "README.md").read_text()
     assert sentence in page if sentence else "made from" not in page
     assert loaded_from not in page
+    metadata = ModelCard(page).data
+    assert (metadata.base_model is None) == (sentence is None)
+    assert metadata.base_model is None or f"made from {metadata.base_model}." in page
+    assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "text-generation")
     as_code = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)  # outside code `<answer>` would be an HTML element
     assert ANSWER.text in as_code and "<answer>" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 
