@@ -84,9 +84,9 @@ class _SharedTap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(xs, *factors)
         ctx.scale, ctx.is_spent = scale, False
-        leading, no_strides = y.shape[:-1], (0,) * y.dim()
         others = factors[len(factors) // 2 + 1 :]
-        return y.detach(), *(xs.new_empty_strided((*leading, len(B)), no_strides) for B in others)
+        # Expanded from one element: in deterministic mode torch fills new memory, once per element of a shape.
+        return y.detach(), *(xs.new_empty(()).expand(*y.shape[:-1], len(B)).detach() for B in others)
 
     @staticmethod
     @first_order

@@ -9,6 +9,7 @@ import torch
 from gradient_calls import GradientCalls
 from tiny_models import attach, batch, disturb, llama
 from torch import nn
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 
@@ -221,3 +222,19 @@ def test_sharing_ends_with_the_outermost_block():
     with adapter.sharing_gradients(), adapter.sharing_gradients():
         assert gather.shares_gradients
     assert not gather.shares_gradients
+
+
+def test_deterministic_mode_fills_no_sink_of_a_gradient():
+    """It fills new memory. A sink has one element in memory but the shape of an output."""
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with profile(record_shapes=True) as calls:
+            outputs = [model[name](x) for name in "qkv"]
+        sum(y.square().sum() for y in outputs).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    filled = [event.input_shapes[0] for event in calls.events() if event.name == "aten::fill_"]
+    assert [5, 6] not in filled, filled
+    assert_same(gradients(adapter), one_by_one("qkv", x))
