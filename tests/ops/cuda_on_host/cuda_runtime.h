@@ -67,6 +67,7 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<char[]> room;
   char* memory;
+  bool has_started = false, has_ended = false;  // one of its threads
 };
 
 // A pending copy; without `to`, the end of a group of copies.
@@ -132,7 +133,7 @@ inline void wait(Barrier& barrier) {
 
 inline void start_fiber() {
   machine.kernel();
-  current().is_done = true;
+  current().is_done = block_of(current()).has_ended = true;
   _longjmp(machine.scheduler, 1);
 }
 
@@ -142,7 +143,7 @@ inline void resume(Fiber& fiber) {
   blockIdx = block_of(fiber).index;
   if (_setjmp(machine.scheduler) != 0) return;
   if (fiber.is_started) _longjmp(fiber.state, 1);
-  fiber.is_started = true;
+  fiber.is_started = block_of(fiber).has_started = true;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -317,8 +318,9 @@ struct Cluster {
   static int num_blocks() { return static_cast<int>(on_host::machine.blocks.size()); }
   template <typename T>
   static T* map_shared_rank(T* mine, int rank) {
-    const char* from = on_host::block_of(on_host::current()).memory;
-    return reinterpret_cast<T*>(on_host::machine.blocks[rank].memory + (reinterpret_cast<char*>(mine) - from));
+    const on_host::Block &own = on_host::block_of(on_host::current()), &other = on_host::machine.blocks[rank];
+    if (!other.has_started || other.has_ended) throw std::runtime_error("a block whose shared memory may not exist");
+    return reinterpret_cast<T*>(other.memory + (reinterpret_cast<char*>(mine) - own.memory));
   }
 };
 inline Cluster this_cluster() { return {}; }
