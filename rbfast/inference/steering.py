@@ -15,21 +15,35 @@ from rbfast.inference.solver import Sampling, seed_named
 from rbfast.inference.tokens import TokenState
 from rbfast.inference.vote import decided
 
+_LIKELIEST = 256  # tokens that hold the nucleus of most rows; sorting a whole vocabulary takes longer than the model
+
 
 def draw(scores: torch.Tensor, sampling: Sampling, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
     """Draw a token for each row of `scores` [rows, V]; returns [rows]. A draw depends only on its row's name, which
     contains the seed, and step: not on other rows."""
-    chances, tokens = torch.softmax(scores.double() / sampling.temperature, dim=-1), None
-    if sampling.top_p < 1:  # sorting a whole vocabulary may take longer than the model
-        chances, tokens = chances.sort(descending=True, stable=True)
-        # The smallest set of tokens whose mass reaches top_p; the first is always in it.
-        chances[(chances.cumsum(-1) - chances) >= sampling.top_p] = 0.0
-    mass = chances.cumsum(-1)
+    chances = torch.softmax(scores.double() / sampling.temperature, dim=-1)
     # Uniform in [0, 1).
-    draws = [(seed_named(f"{name}:{step}") >> 11) / 2**53 for name, step in zip(names, steps, strict=True)]
-    wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
-    drawn = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
-    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
+    uniform = [(seed_named(f"{name}:{step}") >> 11) / 2**53 for name, step in zip(names, steps, strict=True)]
+    at = chances.new_tensor(uniform)[:, None]
+    if sampling.top_p == 1:
+        return _drawn(chances, at)[:, 0]
+    likeliest, tokens = chances.topk(min(_LIKELIEST, chances.shape[-1]))
+    drawn = tokens.gather(1, _drawn(_nucleus(likeliest, sampling.top_p), at))
+    if len(flat := (likeliest.sum(-1) < sampling.top_p).nonzero()[:, 0]):
+        ordered, tokens = chances[flat].sort(descending=True)
+        drawn[flat] = tokens.gather(1, _drawn(_nucleus(ordered, sampling.top_p), at[flat]))
+    return drawn[:, 0]
+
+
+def _nucleus(chances: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Descending chances [rows, n] without those after the smallest set whose mass reaches top_p. The first is kept."""
+    return chances.masked_fill((chances.cumsum(-1) - chances) >= top_p, 0.0)
+
+
+def _drawn(chances: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The index [rows, 1] at which the mass of a row, summed from the left, exceeds the share `at` [rows, 1] of it."""
+    mass = chances.cumsum(-1)
+    return torch.searchsorted(mass, at * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
 
 
 @dataclass

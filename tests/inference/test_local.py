@@ -20,7 +20,7 @@ from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver, guided
 from rbfast.inference.remote import ServerSolver
-from rbfast.inference.solver import Sampling, calibrate
+from rbfast.inference.solver import Sampling, calibrate, seed_named
 from rbfast.inference.steering import GuidedSteering, draw, entropy
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 from rbfast.teacher.client import Server
@@ -291,6 +291,24 @@ def test_draws_follow_the_distribution():
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
     assert {*draws(200, temperature=1.0, top_p=0.7)} == {0, 1}  # the first holds 0.665 of the mass, so 0.7 takes two
     assert {*draws(200, temperature=1.0, top_p=0.6)} == {0}
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 0.999])
+def test_draws_come_from_the_smallest_set_whose_mass_reaches_top_p(top_p):
+    """Rows from peaked to flat: the set of some is larger than the tokens that are looked at first."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(12, 3000, generator=g) * torch.linspace(0.1, 8, 12)[:, None]
+    chances, tokens = scores.double().softmax(-1).sort(descending=True)
+    sizes = ((chances.cumsum(-1) - chances) < top_p).sum(1)
+    assert sizes.min() < 256 < sizes.max()
+    names, sampling = [f"row {i}" for i in range(12)], Sampling(temperature=1.0, top_p=top_p)
+    for step in range(20):
+        drawn = draw(scores, sampling, names, [step] * 12)
+        for row, size in enumerate(sizes):
+            kept = chances[row, :size]
+            share = (seed_named(f"{names[row]}:{step}") >> 11) / 2**53 * kept.sum()
+            assert drawn[row] == tokens[row, torch.searchsorted(kept.cumsum(0), share, right=True)]
+            assert drawn[row] == draw(scores[row : row + 1], sampling, names[row : row + 1], [step])
 
 
 def test_decided_vote_abandons_the_rest(model, monkeypatch):
