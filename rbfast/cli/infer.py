@@ -255,7 +255,7 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = _load_server(args, guided=limits is not None) if args.server else _load_local(args)
     instruction = instruction_of(args, *([args.tokenizer] if args.server else [args.adapter, args.model]))
     guide = Guide(limits, phrases_for(tokenizer, instruction)) if limits else None
-    results, refused = {}, []
+    label, results, refused = _label(args), {}, []
     for task, items in problems.items():
         with counting(task, args.json) as progress:
             try:
@@ -266,7 +266,7 @@ def run_eval(args: argparse.Namespace) -> int:
                     max_new_tokens=_TOKENS if args.max_new_tokens is None else args.max_new_tokens,
                     batch_size=args.batch_size,
                     keep=args.out,
-                    label=_label(args),
+                    label=label,
                     instruction=instruction,
                     guide=guide,
                     progress=progress,
