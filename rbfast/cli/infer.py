@@ -310,7 +310,8 @@ def _eval_limits(args: argparse.Namespace) -> "Limits | None":
 
 
 def _label(args: argparse.Namespace) -> str:
-    """A label for the evaluated model and adapter. The modification times in it change if they are retrained."""
+    """A label for the evaluated model and adapter. The modification time and the digest in it change if they are
+    retrained."""
     if args.server:
         template = f", tokenizer {args.tokenizer}" if args.tokenizer else ""
         return f"{args.model} on a server{template}"  # at any URL: a restarted server may have another
@@ -318,9 +319,9 @@ def _label(args: argparse.Namespace) -> str:
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
     if args.adapter:
-        from rbfast.adapter.adapter_files import adapter_folder
+        from rbfast.adapter.adapter_files import adapter_digest
 
-        names += [args.adapter, _last_written(str(adapter_folder(args.adapter)))]
+        names += [args.adapter, adapter_digest(args.adapter)]  # one on the hub may be downloaded again: no time of it
     return " ".join(map(str, names))
 
 
