@@ -109,7 +109,8 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
 def adapter_folder(name: str | Path) -> Path:
     """The local folder of an adapter, which a hub id (owner/name) may name. Raises OSError if the hub returns none."""
     try:
-        return local_copy(name, (CONFIG_FILE, TENSOR_FILE))
+        # With the prompt of its training, so that a later run without a connection does not go on with another one.
+        return local_copy(name, (CONFIG_FILE, TENSOR_FILE, "prompt.json"))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise OSError(

@@ -255,7 +255,7 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = _load_server(args, guided=limits is not None) if args.server else _load_local(args)
     instruction = instruction_of(args, *([args.tokenizer] if args.server else [args.adapter, args.model]))
     guide = Guide(limits, phrases_for(tokenizer, instruction)) if limits else None
-    results, refused = {}, []
+    label, results, refused = _label(args), {}, []
     for task, items in problems.items():
         with counting(task, args.json) as progress:
             try:
@@ -266,7 +266,7 @@ def run_eval(args: argparse.Namespace) -> int:
                     max_new_tokens=_TOKENS if args.max_new_tokens is None else args.max_new_tokens,
                     batch_size=args.batch_size,
                     keep=args.out,
-                    label=_label(args),
+                    label=label,
                     instruction=instruction,
                     guide=guide,
                     progress=progress,
@@ -310,7 +310,8 @@ def _eval_limits(args: argparse.Namespace) -> "Limits | None":
 
 
 def _label(args: argparse.Namespace) -> str:
-    """A label for the evaluated model and adapter. The modification times in it change if they are retrained."""
+    """A label for the evaluated model and adapter. The modification time and the digest in it change if they are
+    retrained."""
     if args.server:
         template = f", tokenizer {args.tokenizer}" if args.tokenizer else ""
         return f"{args.model} on a server{template}"  # at any URL: a restarted server may have another
@@ -318,9 +319,9 @@ def _label(args: argparse.Namespace) -> str:
     if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
     if args.adapter:
-        from rbfast.adapter.adapter_files import adapter_folder
+        from rbfast.adapter.adapter_files import adapter_digest
 
-        names += [args.adapter, _last_written(str(adapter_folder(args.adapter)))]
+        names += [args.adapter, adapter_digest(args.adapter)]  # one on the hub may be downloaded again: no time of it
     return " ".join(map(str, names))
 
 

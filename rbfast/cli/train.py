@@ -10,6 +10,7 @@ from rbfast.cli.common import (
     AUTO,
     DTYPES,
     FILE_ONLY,
+    TRAINED_WITH,
     Command,
     add_device,
     add_formats,
@@ -110,7 +111,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         help="trackers to send the losses to, such as wandb, tensorboard, mlflow or trackio",
     )
     sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
-    add_instruction(sub, "boxed if MODEL's template has thinking, else answer")
+    add_instruction(sub, TRAINED_WITH)
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, without training")
     add_formats(sub)
     _add_objective(sub)

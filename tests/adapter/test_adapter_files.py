@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.instruction import FILE
 from rbfast.models import linears
 
 
@@ -229,6 +230,19 @@ def test_hub_id_names_an_adapter(tmp_path, monkeypatch):
         SparseAdapter.from_pretrained(llama(), "owner/other")
     with pytest.raises(FileNotFoundError, match=r"^owner/name/again/adapter_config\.json: expected a file"):
         SparseAdapter.from_pretrained(llama(), "owner/name/again")
+
+
+def test_adapter_on_the_hub_comes_with_its_prompt(tmp_path, monkeypatch):
+    """A later run without a connection would otherwise use another prompt."""
+    fetched = []
+
+    def download(name, *, allow_patterns, **_):
+        fetched.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    adapter_files.adapter_folder("owner/name")
+    assert set(fetched) == {"adapter_config.json", "adapter_model.safetensors", FILE}
 
 
 @pytest.mark.parametrize("failing", ["seal", "write_text"])
