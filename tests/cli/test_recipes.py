@@ -83,6 +83,16 @@ def names(tmp_path, monkeypatch):
     }
 
 
+def solve(tries: Path) -> None:
+    """Makes the first sample of every problem right: the tiny student solves none."""
+    results = [json.loads(line) for line in tries.read_text().splitlines()]
+    for result in results:
+        if result["sample"] == 0:
+            reply = f"<think>\nI add the two.\n</think>\n\nThe sum is $\\boxed{{{result['answer']}}}$."
+            result |= {"completion": reply, "correct": True, "score": 1.0, "truncated": False}
+    write(tries, results)
+
+
 def smaller(words: list[str]) -> list[str]:
     options = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if words[0] == "distill":
@@ -100,10 +110,14 @@ def test_every_command_of_the_page_runs(names, capsys):
             continue  # needs a provider
         assert main(smaller(words)) == 0, f"{line}\n{capsys.readouterr().err}"
         ran.append(words[0])
+        if words[0] == "eval" and "tries.jsonl" in words:
+            solve(Path("tries.jsonl"))
     assert set(ran) == {"convert", "distill", "eval", "report", "merge", "curate", "solve"}
     assert len(Path("s1k.jsonl").read_text().splitlines()) == 8
     assert {json.loads(line)["teacher"] for line in Path("s1k.jsonl").read_text().splitlines()} == {"deepseek"}
     assert len(Path("reason1k/reason1k.jsonl").read_text().splitlines()) == 4
+    right = [json.loads(line) for line in Path("right/reason1k.jsonl").read_text().splitlines()]
+    assert [trace["verified"] for trace in right] == [True] * 2
     assert "\\boxed{}" in json.loads(Path("s1k-7b/prompt.json").read_text())["instruction"]
 
 
