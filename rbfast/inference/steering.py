@@ -27,17 +27,20 @@ def draw(scores: torch.Tensor, sampling: Sampling, names: Sequence[str], steps: 
     at = chances.new_tensor(uniform)[:, None]
     if sampling.top_p == 1:
         return _drawn(chances, at)[:, 0]
-    likeliest, tokens = chances.topk(min(_LIKELIEST, chances.shape[-1]))
-    drawn = tokens.gather(1, _drawn(_nucleus(likeliest, sampling.top_p), at))
+    tokens = chances.topk(min(_LIKELIEST, chances.shape[-1])).indices.sort().values
+    likeliest = chances.gather(1, tokens)
+    drawn = tokens.gather(1, _drawn_from_nucleus(likeliest, sampling.top_p, at))
     if len(flat := (likeliest.sum(-1) < sampling.top_p).nonzero()[:, 0]):
-        ordered, tokens = chances[flat].sort(descending=True)
-        drawn[flat] = tokens.gather(1, _drawn(_nucleus(ordered, sampling.top_p), at[flat]))
+        drawn[flat] = _drawn_from_nucleus(chances[flat], sampling.top_p, at[flat])
     return drawn[:, 0]
 
 
-def _nucleus(chances: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Descending chances [rows, n] without those after the smallest set whose mass reaches top_p. The first is kept."""
-    return chances.masked_fill((chances.cumsum(-1) - chances) >= top_p, 0.0)
+def _drawn_from_nucleus(chances: torch.Tensor, top_p: float, at: torch.Tensor) -> torch.Tensor:
+    """As `_drawn`, from the smallest set of the likeliest whose mass reaches top_p. Of equal chances the first counts
+    as the likelier one."""
+    ordered, order = chances.sort(descending=True, stable=True)
+    nucleus = ordered.masked_fill((ordered.cumsum(-1) - ordered) >= top_p, 0.0)  # the first is always in it
+    return order.gather(1, _drawn(nucleus, at))
 
 
 def _drawn(chances: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
