@@ -148,7 +148,8 @@ def read_adapter(name: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
 
 def adapter_digest(name: str | Path) -> str:
     """A digest of both files of an adapter, named as for `read_adapter`. Raises OSError if one is missing."""
-    data = b"".join(_read_bytes(adapter_folder(name) / file) for file in (CONFIG_FILE, TENSOR_FILE))
+    directory = adapter_folder(name)
+    data = b"".join(_read_bytes(directory / file) for file in (CONFIG_FILE, TENSOR_FILE))
     return blake2b(data, digest_size=16).hexdigest()
 
 
