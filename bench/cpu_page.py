@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from publish import DOCS, cpu, cpu_kind, put_section
 from registry import FLOORS, measured
 
-from rbfast.utils.files import atomic_write, write_text
+from rbfast.report.plots import save
+from rbfast.utils.files import write_text
 
 Entry = Mapping[str, Any]
 _OURS, _THEIRS = "#0072B2", "#999999"
@@ -118,8 +118,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
         axes.set_title(entry["title"], fontsize=8, wrap=True)
         axes.set_xlabel("time / rbfast's", fontsize=8)
         axes.tick_params(labelsize=8)
-    with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+    save(figure, path)
 
 
 # ---- the ratios, a column for each kind of CPU ----

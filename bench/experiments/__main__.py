@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # where harness, publish, peers and this package are
-HELPERS = ("options", "parts", "teacher_results", "closed_teacher_report")
+HELPERS = ("options", "parts", "demo_student", "teacher_results", "closed_teacher_report")
 NAMES = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem not in HELPERS)
 
 

@@ -25,15 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from publish import RESULTS, cpu, publish
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.demo_student import held_out_problems, load_trained
 from experiments.parts import digest, part
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.demo.run import FAMILIES, HELD_OUT, TRAIN
-from rbfast.demo.worked_families import split
 from rbfast.evaluation.evaluate import evaluate
 from rbfast.evaluation.statistics import paired_difference, proportion
 from rbfast.grading.grade import Problem
@@ -41,8 +39,7 @@ from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver
 from rbfast.inference.solver import calibrate
 from rbfast.inference.tokens import phrases_for
-from rbfast.models.student import SMOLLM2, load_student
-from rbfast.utils.files import atomic_write
+from rbfast.report.plots import save
 from rbfast.utils.progress import counting
 
 SECTION = "scaling"
@@ -198,14 +195,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     def make() -> str:
-        model, tokenizer = load_student(SMOLLM2)
-        adapter = SparseAdapter.from_pretrained(model, args.run)
-        splits = [split(name, train=TRAIN, held_out=HELD_OUT, seed=0)[1] for name in FAMILIES]
-        problems = [problem for family in splits for problem in family[: args.problems]]
+        model, tokenizer, adapter = load_trained(args.run)
+        problems = held_out_problems(args.problems)
         found = measure(model, tokenizer, adapter, problems, args.budgets, args.out)
         picture = args.results.with_name("scaling.png")
-        with atomic_write(picture) as file:
-            FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
+        save(draw(found, args.budgets), picture)
         command = shlex.join(["python", "bench/experiments", "scaling", *argv])
         return section(found, args.budgets, len(problems), command, model.dtype, picture.name)
 

@@ -15,73 +15,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from publish import RESULTS, cpu, publish
 
-from experiments.parts import digest
-from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.demo.run import FAMILIES, HELD_OUT, MAX_NEW_TOKENS, TRAIN
-from rbfast.demo.worked_families import split
-from rbfast.evaluation.evaluate import Result, by_problem, evaluate, majority_correct
-from rbfast.evaluation.statistics import paired_difference, pass_at_k
-from rbfast.models.student import SMOLLM2, load_student
-from rbfast.utils.files import atomic_write
+from experiments.demo_student import held_out_problems, load_trained
+from experiments.scaling import percent
+from rbfast.adapter.adapter_files import adapter_digest
+from rbfast.demo.run import MAX_NEW_TOKENS
+from rbfast.evaluation.evaluate import Result, by_problem, evaluate, majority_correct, summarize, summarize_samples
+from rbfast.evaluation.statistics import paired_difference
+from rbfast.report.plots import save
 from rbfast.utils.progress import counting
 
 SECTION = "votes"
 
 
-def voted(items: Sequence[Sequence[Result]], n: int) -> list[float]:
+def voted(results: Sequence[Result], n: int) -> list[float]:
     """For each problem the share of its groups of n samples whose vote is right."""
-    groups = [[item[i : i + n] for i in range(0, len(item), n)] for item in items]
+    groups = [[item[i : i + n] for i in range(0, len(item), n)] for item in by_problem(results)]
     return [sum(map(majority_correct, group)) / len(group) for group in groups]
 
 
-def solvable(items: Sequence[Sequence[Result]], n: int) -> float:
-    """The chance that at least one of n samples is right, over the problems."""
-    return sum(pass_at_k(len(item), sum(r.correct for r in item), n) for item in items) / len(items)
+def sizes(results: Sequence[Result]) -> list[int]:
+    """The powers of two up to the number of samples."""
+    return [2**power for power in range(len(by_problem(results)[0]).bit_length())]
 
 
-def sizes(samples: int) -> list[int]:
-    """The powers of two up to `samples`."""
-    return [2**power for power in range(samples.bit_length())]
-
-
-def tokens(items: Sequence[Sequence[Result]]) -> float:
-    """The mean number of tokens of a completion."""
-    counts = [result.completion.tokens for item in items for result in item]
-    return sum(counts) / len(counts)
-
-
-def table(greedy: Sequence[Sequence[Result]], sampled: Sequence[Sequence[Result]]) -> list[str]:
+def table(greedy: Sequence[Result], sampled: Sequence[Result]) -> list[str]:
     """A row for greedy decoding and one for each number of votes."""
-    reference = voted(greedy, 1)
+    reference, summary = voted(greedy, 1), summarize_samples(sampled)
     lines = [
         "| votes | tokens for each problem | one of them is right | the vote is right | over greedy, 95% interval |",
         "| --- | --- | --- | --- | --- |",
-        f"| greedy | {tokens(greedy):.0f} | | {percent(reference):.1f}% | |",
+        f"| greedy | {summarize(greedy)['tokens']:.0f} | | {percent(reference):.1f}% | |",
     ]
-    for n in sizes(len(sampled[0])):
+    for n in sizes(sampled):
         scores = voted(sampled, n)
         gain = paired_difference(reference, scores)
         lines.append(
-            f"| {n} | {n * tokens(sampled):.0f} | {100 * solvable(sampled, n):.1f}% | {percent(scores):.1f}% "
+            f"| {n} | {n * summary['tokens']:.0f} | {100 * summary[f'pass@{n}']:.1f}% | {percent(scores):.1f}% "
             f"| {100 * gain.mean:+.1f} ({100 * gain.low:+.1f} .. {100 * gain.high:+.1f}) |"
         )
     return lines
 
 
-def percent(scores: Sequence[float]) -> float:
-    return 100 * sum(scores) / len(scores)
-
-
-def draw(greedy: Sequence[Sequence[Result]], sampled: Sequence[Sequence[Result]]) -> Figure:
+def draw(greedy: Sequence[Result], sampled: Sequence[Result]) -> Figure:
     """The shares solved by votes, and by any of the samples, against the number of samples."""
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
-    axes, counts = figure.subplots(), sizes(len(sampled[0]))
-    axes.plot(counts, [100 * solvable(sampled, n) for n in counts], marker="o", markersize=3, label="one is right")
+    axes, counts, summary = figure.subplots(), sizes(sampled), summarize_samples(sampled)
+    any_is_right = [100 * summary[f"pass@{n}"] for n in counts]
+    axes.plot(counts, any_is_right, marker="o", markersize=3, label="one is right")
     axes.plot(counts, [percent(voted(sampled, n)) for n in counts], marker="o", markersize=3, label="the vote is right")
     axes.axhline(percent(voted(greedy, 1)), color="gray", linestyle="--", linewidth=1, label="greedy")
     axes.set_xscale("log", base=2)
@@ -92,16 +76,14 @@ def draw(greedy: Sequence[Sequence[Result]], sampled: Sequence[Sequence[Result]]
     return figure
 
 
-def section(
-    greedy: Sequence[Sequence[Result]], sampled: Sequence[Sequence[Result]], settings: dict[str, Any], command: str
-) -> str:
+def section(greedy: Sequence[Result], sampled: Sequence[Result], settings: dict[str, Any], command: str) -> str:
     return "\n".join(
         [
             "## Accuracy against the number of votes",
             "",
             f"`{command}`",
             "",
-            f"The demo's student on {len(greedy)} of the demo's held-out problems, {len(sampled[0])} samples of",
+            f"The demo's student on {len(greedy)} of the demo's held-out problems, {settings['samples']} samples of",
             f"each at temperature {settings['temperature']:g}, top-p {settings['top_p']:g}; at most "
             f"{MAX_NEW_TOKENS} tokens.",
             "",
@@ -128,34 +110,20 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--samples must be a power of two, at least 2, got {args.samples}")
 
     def make() -> str:
-        model, tokenizer = load_student(SMOLLM2)
-        adapter = SparseAdapter.from_pretrained(model, args.run)
-        label = digest(parameter.tolist() for parameter in adapter.parameters())
-        splits = [split(name, train=TRAIN, held_out=HELD_OUT, seed=0)[1] for name in FAMILIES]
-        problems = [problem for family in splits for problem in family[: args.problems]]
+        model, tokenizer, _ = load_trained(args.run)
+        problems, label = held_out_problems(args.problems), adapter_digest(args.run)
         sampling = {"samples": args.samples, "temperature": args.temperature, "top_p": args.top_p}
 
-        def measure(name: str, **decoding: Any) -> list[list[Result]]:
+        def measure(name: str, **decoding: Any) -> list[Result]:
+            settings = {"max_new_tokens": MAX_NEW_TOKENS, "label": label, **decoding}
             keep = args.out / f"{name}.jsonl"
             with counting(name) as progress:
-                found = evaluate(
-                    model,
-                    tokenizer,
-                    problems,
-                    batch_size=64,
-                    keep=keep,
-                    progress=progress,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    label=label,
-                    **decoding,
-                )
-            return by_problem(found)
+                return evaluate(model, tokenizer, problems, batch_size=64, keep=keep, progress=progress, **settings)
 
         args.out.mkdir(parents=True, exist_ok=True)
         greedy, sampled = measure("greedy"), measure("sampled", **sampling)
         picture = args.results.with_name(f"{SECTION}.png")
-        with atomic_write(picture) as file:
-            FigureCanvasAgg(draw(greedy, sampled)).print_png(file)
+        save(draw(greedy, sampled), picture)
         command = shlex.join(["python", "bench/experiments", "votes", *argv])
         return section(greedy, sampled, sampling, command)
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
 from rbfast.data.trace import Trace
-from rbfast.evaluation.evaluate import Result
+from rbfast.evaluation.evaluate import Result, summarize_samples
 from rbfast.grading.grade import Problem
 from rbfast.inference.decoding import Completion
 
@@ -145,19 +145,17 @@ def test_every_setting_respects_its_budget(tmp_path: Path) -> None:
 
 def test_votes_count_every_sample_once_in_groups() -> None:
     """Three problems: always right, right in three of four samples, wrong but once."""
-    items = [
-        [
-            Result(Problem("toy", f"{i}?", "1", {}), Completion(f"<answer>{x}</answer>", 5, False), float(x == 1))
-            for x in xs
-        ]
-        for i, xs in enumerate([(1, 1, 1, 1), (2, 1, 1, 1), (3, 3, 1, 4)])
+    results = [
+        Result(Problem("toy", f"{i}?", "1", {}), Completion(f"<answer>{x}</answer>", 5, False), float(x == 1), sample)
+        for i, answers in enumerate([(1, 1, 1, 1), (2, 1, 1, 1), (3, 3, 1, 4)])
+        for sample, x in enumerate(answers)
     ]
-    assert votes.voted(items, 1) == [1, 0.75, 0.25]
-    assert votes.voted(items, 2) == [1, 0.5, 0.5]  # of a tie, the first one given
-    assert votes.voted(items, 4) == [1, 1, 0]
-    assert votes.solvable(items, 4) == 1
-    greedy = [item[:1] for item in items]
-    text = votes.section(greedy, items, {"temperature": 0.6, "top_p": 0.95}, "the command")
+    assert votes.voted(results, 1) == [1, 0.75, 0.25]
+    assert votes.voted(results, 2) == [1, 0.5, 0.5]  # of a tie, the first one given
+    assert votes.voted(results, 4) == [1, 1, 0]
+    assert summarize_samples(results)["pass@4"] == 1
+    greedy = [result for result in results if result.sample == 0]
+    text = votes.section(greedy, results, {"samples": 4, "temperature": 0.6, "top_p": 0.95}, "the command")
     assert "| greedy | 5 | | 33.3% | |" in text
     assert "| 4 | 20 | 100.0% | 66.7% | +33.3 (" in text
-    assert votes.draw(greedy, items).axes[0].get_ylim()[0] == 0
+    assert votes.draw(greedy, results).axes[0].get_ylim()[0] == 0

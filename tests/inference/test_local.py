@@ -296,8 +296,8 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 0.999])
 def test_draws_come_from_the_smallest_set_whose_mass_reaches_top_p(top_p, dtype):
-    """Rows from peaked to flat: the set of some is larger than the tokens that are looked at first. In bf16 many chances
-    are equal."""
+    """Rows from peaked to flat: the set of some is larger than the tokens that are looked at first. In bf16 many
+    chances are equal."""
     g = torch.Generator().manual_seed(0)
     scores = (torch.randn(12, 3000, generator=g) * torch.linspace(0.1, 8, 12)[:, None]).to(dtype)
     chances, tokens = scores.double().softmax(-1).sort(descending=True, stable=True)
